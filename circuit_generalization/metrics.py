@@ -125,15 +125,15 @@ def kl_divergence(
     terms = torch.where(log_p.exp() == 0, 0.0, log_p.exp() * (log_p - log_q))
     return terms.sum(-1).clamp(min=0).to(logits_p.dtype)
 
-# %% ../nbs/w06-metrics.ipynb #6c14c735
-# One value, an array, a column or a CPU tensor
+# %% ../nbs/w06-metrics.ipynb #3af5439b
+# One value, an array, a column or a tensor
 Numbers = Float[np.ndarray, "*batch"] | Float[Tensor, "*batch"] | pd.Series | float
 ZERO = 1e-6  # logits: a denominator this close to zero gives no ratio
 
 
 def _array(x: Numbers) -> Float[np.ndarray, "*batch"]:
-    "Float64 copy of a float, an array or a CPU tensor."
-    return np.array(x, dtype=np.float64)
+    "Float64 copy of a float, an array, a column or a tensor of any device and dtype."
+    return np.array(x.detach().double().cpu().numpy() if isinstance(x, Tensor) else x, dtype=np.float64)
 
 
 def _ratio(

@@ -134,7 +134,7 @@ def _check_config(
     if not isinstance(config, dict):
         raise ModelError(f"{path}: holds a {type(config).__name__}, not a JSON object; {_FORMAT}")
 
-# %% ../nbs/w00b-models.ipynb #8c9ebea2
+# %% ../nbs/w00b-models.ipynb #361eaa35
 def _check_weights(
     folder: Path,  # of a model
 ) -> None:  # raises ModelError
@@ -144,7 +144,7 @@ def _check_weights(
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if not weights and pickles:
         raise ModelError(f"{folder}: only a pickle ({pickles[0]}), which can run code when opened, and no "
-                         "safetensors; save the model again with save_pretrained(…, safe_serialization=True)")
+                         "safetensors; save the model again with save_pretrained of a current transformers")
     if not weights:
         raise ModelError(f"{folder}: no *.safetensors; {_FORMAT}")
     for path in weights:
@@ -293,16 +293,19 @@ def load_model(
         weights, tokenizer = _read_weights(folder, dtype), _read_tokenizer(folder)
         return _to_bridge(weights, tokenizer, str(name_or_path), str(device))
 
-# %% ../nbs/w00b-models.ipynb #a2b292a7
+# %% ../nbs/w00b-models.ipynb #82d7520c
 def _bridge_of_copy(
     model: "PreTrainedModel",  # left unchanged
     tokenizer: "PreTrainedTokenizerBase | None",  # left unchanged
     device: str,  # of the copy
 ) -> "TransformerBridge":  # of a copy, in eval mode
+    from transformer_lens.utilities.attn_implementation import force_eager_attention
+
     if any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
         raise ModelError("this Hugging Face model already belongs to a TransformerBridge: pass the bridge")
     twin = copy.deepcopy(model).eval()
-    twin.set_attn_implementation("eager")
+    force_eager_attention(twin)  # a fused kernel never shows its pattern to a hook
+    twin.config.architectures = twin.config.architectures or [type(model).__name__]  # unset before the first save
     return _to_bridge(twin, copy.deepcopy(tokenizer), model.name_or_path or type(model).__name__, device)
 
 # %% ../nbs/w00b-models.ipynb #6b839820

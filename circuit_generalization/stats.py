@@ -39,13 +39,13 @@ class Interval:
         ends = f"{self.low:.2f}, {self.high:.2f}" if isfinite(self.low + self.high) else self.method
         return f"{self.estimate:.2f} [{ends}]"
 
-# %% ../nbs/w06b-intervals.ipynb #ab2fd786
+# %% ../nbs/w06b-intervals.ipynb #0723db53
 def _grouped(
     values: Float[np.ndarray, " prompt"],  # finite numbers
     clusters: Sequence[Hashable],  # one label per value, such as the template
 ) -> tuple[Float[np.ndarray, " prompt"], Int[np.ndarray, " prompt"], Int[np.ndarray, " cluster"]]:
     "Values as float64, cluster codes 0..G-1 and cluster sizes. Raises `InputError` for anything unusable."
-    values, labels = np.asarray(values, dtype=np.float64), pd.Index(list(clusters), tupleize_cols=False)
+    values, labels = np.asarray(values, dtype=np.float64), pd.Index(list(clusters))
     if values.ndim != 1 or values.size == 0 or len(labels) != len(values):
         raise InputError(f"values of shape {values.shape} with {len(labels)} cluster labels: "
                          "pass two lists of the same length, not empty")
@@ -240,7 +240,7 @@ def _same_length(a: Float[np.ndarray, " pair"], b: Float[np.ndarray, " pair"]) -
     if np.shape(a) != np.shape(b):
         raise InputError(f"matched pairs need two lists of one length, not {np.shape(a)} and {np.shape(b)}")
 
-# %% ../nbs/w06b-intervals.ipynb #6b7f1f0e
+# %% ../nbs/w06b-intervals.ipynb #659893d6
 def paired_difference(
     a: Bool[np.ndarray, " pair"] | Float[np.ndarray, " pair"],  # the variant's values
     b: Bool[np.ndarray, " pair"] | Float[np.ndarray, " pair"],  # the matched base values
@@ -265,7 +265,7 @@ def _share_difference(a, b, clusters, level) -> Interval:
     below, above = pairs.margins(pairs.summary.t(level))
     alike = pairs.gained + pairs.lost - d**2 <= _ROUNDING
     method = "Newcombe, n = templates (all pairs alike)" if alike else "Newcombe, CR2 effective n"
-    return Interval(d, max(d - below, -1.0), min(d + above, 1.0), n, g, method, level)
+    return Interval(d, d - below, d + above, n, g, method, level)
 
 # %% ../nbs/w06b-intervals.ipynb #23ad997a
 def difference_p_value(

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import time
 
 import huggingface_hub
@@ -18,6 +17,10 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as hf_logging
@@ -119,8 +122,20 @@ def neox():
     return GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES))
 
 
-@pytest.mark.parametrize("make", [random_gpt2, llama, gemma2, neox],
-                         ids=["gpt2", "llama", "gemma2 (soft cap)", "neox (parallel)"])
+def opt():
+    return OPTForCausalLM(OPTConfig(ffn_dim=32, word_embed_proj_dim=16, **SIZES))
+
+
+def olmo2():
+    return Olmo2ForCausalLM(Olmo2Config(pad_token_id=0, **SIZES))
+
+
+architectures = pytest.mark.parametrize("make", [random_gpt2, llama, gemma2, neox, opt, olmo2], ids=[
+    "gpt2", "llama", "gemma2 (soft cap)", "neox (parallel)", "opt (fused attention unless told)",
+    "olmo2 (known by its class alone)"])
+
+
+@architectures
 def test_final_logits_is_the_full_forward_in_every_architecture(make):
     torch.manual_seed(0)
     original = make().eval()
@@ -177,7 +192,7 @@ def test_a_loaded_model_is_the_saved_one(folder):
 def test_half_precision_on_disk_is_float32_in_memory(tmp_path):
     model = load_model(save(random_gpt2().half(), tmp_path))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert model_hash(model) == model_hash(random_gpt2().half().float())
+    assert model_hash(model) == model_hash(random_gpt2().half().float()) == model_hash(random_gpt2().half())
 
 
 def test_the_tokenizer_stays_as_saved_and_nothing_is_prepended(tmp_path):
@@ -333,9 +348,13 @@ def test_as_bridge_leaves_a_hugging_face_model_alone():
     assert original.training and all(p.requires_grad for p in original.parameters())
     assert original.config._attn_implementation == attention == "sdpa"
     assert tokenizer.pad_token is None and model.tokenizer.pad_token == "<s>"
+
+
+@architectures
+def test_a_bridge_shows_its_attention(make):
     seen = []
     watch = ("blocks.0.attn.hook_pattern", lambda pattern, hook: seen.append(pattern))
-    model.run_with_hooks(torch.arange(5)[None], fwd_hooks=[watch])
+    as_bridge(make()).run_with_hooks(torch.arange(5)[None], fwd_hooks=[watch])
     torch.testing.assert_close(seen[0].sum(-1), torch.ones(1, 2, 5))
 
 
@@ -356,12 +375,20 @@ def test_as_bridge_refuses():
         as_bridge(model.train())
 
 
-def test_quiet_puts_every_setting_back():
-    before = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity(), logging.root.level
-    with pytest.raises(KeyError), quiet():
-        assert not hf_logging.is_progress_bar_enabled()
-        raise KeyError
-    assert (hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity(), logging.root.level) == before
+@pytest.mark.parametrize("bars", [True, False])
+def test_quiet_puts_every_setting_back(bars):
+    level = hf_logging.get_verbosity()
+    try:
+        (hf_logging.enable_progress_bar if bars else hf_logging.disable_progress_bar)()
+        hf_logging.set_verbosity_info()
+        with pytest.raises(KeyError), quiet():
+            assert not hf_logging.is_progress_bar_enabled()
+            assert hf_logging.get_verbosity() == hf_logging.ERROR
+            raise KeyError
+        assert hf_logging.is_progress_bar_enabled() == bars and hf_logging.get_verbosity() == hf_logging.INFO
+    finally:
+        hf_logging.enable_progress_bar()
+        hf_logging.set_verbosity(level)
 
 
 def test_loading_prints_nothing(folder, capfd):
@@ -389,6 +416,16 @@ def test_hash_sees_every_parameter():
             changed.get_parameter(name).view(-1)[-1] += 1e-3
         hashes.add(model_hash(changed))
     assert len(hashes) == 1 + len(list(original.parameters()))
+
+
+def test_hash_sees_order_names_and_shapes():
+    original, swapped, renamed = (random_gpt2(n_layers=1) for _ in range(3))
+    block = renamed.transformer.h[0]
+    with torch.no_grad():
+        bias = swapped.transformer.ln_f.bias
+        bias[:2] = bias[:2].flip(0)
+        block.ln_1.bias.data, block.ln_2.bias.data = block.ln_2.bias.data, block.ln_1.bias.data
+    assert len({model_hash(model) for model in (original, swapped, renamed)}) == 3
 
 
 def test_no_global_state_is_touched(folder):

@@ -1,0 +1,200 @@
+"""The compiled IOI transformer: its own forward pass, behaviour, exact cases, and the files that are shipped."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from circuit_generalization import compiled, exact_scores
+from circuit_generalization.circuit import Circuit, circuit_from_dict, load_circuit
+from circuit_generalization.errors import InputError
+
+SHIPPED = compiled.DATA / "models" / "compiled-ioi"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return compiled.compile_ioi()
+
+
+@pytest.fixture(scope="module")
+def weights(model):
+    return exact_scores.numpy_weights(model)
+
+
+@pytest.fixture(scope="module")
+def cases(weights):
+    return exact_scores.compiled_cases(weights, exact_scores.compiled_prompts(16))
+
+
+def hugging_face_logits(model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+def test_numpy_forward_is_hugging_face_forward(model, weights):
+    worst = max(
+        np.abs(exact_scores.numpy_forward(weights, text)[0] - hugging_face_logits(model, text)).max()
+        for p in exact_scores.compiled_prompts(20, seed=2) for text in (p.clean, p.counterfactual, p.donor)
+    )
+    assert worst < 5e-5
+
+
+def test_numpy_forward_on_a_random_model_with_every_parameter_used():
+    from circuit_generalization.models import random_gpt2
+
+    random, tokens = random_gpt2(seed=3, n_heads=4), [5, 9, 9, 63, 0, 17]
+    ours, _ = exact_scores.numpy_forward(exact_scores.numpy_weights(random), tokens, n_heads=4)
+    assert np.abs(ours - hugging_face_logits(random, tokens)).max() < 1e-4
+
+
+def test_edit_replaces_what_a_hook_on_the_output_matrix_replaces(model, weights):
+    prompt = exact_scores.compiled_prompts(1)[0]
+    layer, head, position = 2, 4, prompt.positions["END"]
+    z = np.linspace(-1, 1, compiled.D_HEAD)
+    edited, _ = exact_scores.numpy_forward(weights, prompt.clean, {(layer, head): ([position], z[None])})
+
+    def replace(module, args):
+        x = args[0].clone()
+        x[0, position, head * compiled.D_HEAD : (head + 1) * compiled.D_HEAD] = torch.tensor(z)
+        return (x,)
+
+    handle = model.transformer.h[layer].attn.c_proj.register_forward_pre_hook(replace)
+    try:
+        expected = hugging_face_logits(model, prompt.clean)
+    finally:
+        handle.remove()
+    assert np.abs(edited - expected).max() < 5e-5
+    assert np.abs(edited - hugging_face_logits(model, prompt.clean)).max() > 0.1  # the edit does something
+
+
+@pytest.mark.parametrize("template", exact_scores.TEMPLATES)
+@pytest.mark.parametrize("order", ["ABBA", "BABA"])
+def test_it_is_always_right_by_a_healthy_margin(weights, template, order):
+    tokenizer, rng = compiled.compiled_tokenizer(), np.random.default_rng(7)
+    names, lds = compiled.compiled_words()["names"], []
+    for _ in range(60):
+        p = exact_scores.exact_prompt(tokenizer, template, order, rng.choice(names, 6, replace=False).tolist())
+        last = exact_scores.numpy_forward(weights, p.clean)[0][-1]
+        assert last.argmax() == p.answer
+        lds.append(last[p.answer] - last[p.distractor])
+    assert min(lds) > 1.5 and 3 < np.mean(lds) < 8
+
+
+def test_every_name_can_be_the_answer_and_the_subject(weights):
+    tokenizer, names = compiled.compiled_tokenizer(), compiled.compiled_words()["names"]
+    assert len(set(names)) == 120
+    for i in range(120):
+        six = [names[(i + k) % 120] for k in range(6)]
+        p = exact_scores.exact_prompt(tokenizer, exact_scores.TEMPLATES[i % 2], ("ABBA", "BABA")[i // 2 % 2], six)
+        assert exact_scores.numpy_forward(weights, p.clean)[0][-1].argmax() == p.answer
+
+
+@pytest.mark.parametrize("case", list(exact_scores.case_circuits()))
+def test_each_case_gets_its_verdict(cases, case):
+    scores = cases[case]["scores"]
+    assert (scores.verdict == cases[case]["verdict"]).all(), scores.verdict.value_counts().to_dict()
+    assert np.isfinite(scores.drop(columns="verdict").to_numpy()).all()
+    assert circuit_from_dict(json.loads(json.dumps(cases[case]["circuit"]))).components
+
+
+def test_cases_show_five_verdicts(cases):
+    assert {c["verdict"] for c in cases.values()} == {"active", "shortfall", "overshoot", "redundant", "rerouted"}
+
+
+def test_verdicts_hold_under_the_resample_donor_for_nearly_all_prompts(weights):
+    for name, case in exact_scores.compiled_cases(weights, exact_scores.compiled_prompts(40, seed=9), "donor").items():
+        assert (case["scores"].verdict == case["verdict"]).mean() >= 0.9, name
+
+
+def test_every_role_is_needed(cases):
+    model = cases["true"]["scores"].ld_model
+    for role in ("duplicate token", "S-inhibition", "name mover"):
+        assert (cases[f"without {role}"]["scores"].ld_circuit < 0.3 * model).all()
+    assert (cases["without negative mover"]["scores"].ld_circuit > 1.2 * model).all()
+
+
+def test_full_circuit_is_the_model_and_empty_circuit_is_everything_ablated(weights):
+    prompt = exact_scores.compiled_prompts(1)[0]
+    donor_z = exact_scores.numpy_forward(weights, prompt.counterfactual)[1]
+    empty = Circuit((), universe="heads")
+    assert exact_scores.edits_for("complement", empty, prompt, donor_z) == {}
+    lds = exact_scores.expected_lds(weights, empty, prompt)
+    assert lds["ld_circuit"] == lds["ld_ablated"] and lds["ld_complement"] == lds["ld_model"]
+
+
+@pytest.mark.parametrize("row, verdict", [
+    ((0.0, 3.0, 1.0, 1.0), "model_fails"), ((3.0, 0.9, 1.0, 1.0), "undecided"), ((3.0, 4.0, 1.31, 1.0), "overshoot"),
+    ((3.0, 4.0, 1.29, 0.5), "active"), ((3.0, 4.0, 0.71, 0.49), "redundant"), ((3.0, 4.0, 0.69, 0.5), "shortfall"),
+    ((3.0, 4.0, 0.69, 0.49), "rerouted"),
+])
+def test_verdict_takes_the_first_line_that_fits(row, verdict):
+    assert exact_scores.expected_verdict(*row, scale=4.0) == verdict
+
+
+def test_decoys_write_into_the_answer(weights):
+    """Zeroing any one of the decoys that act at END changes the logit difference."""
+    prompt = exact_scores.compiled_prompts(1, seed=4)[0]
+    logits, z = exact_scores.numpy_forward(weights, prompt.clean)
+    decoys = [tuple(map(int, (n[1], n[-1]))) for n, h in compiled.compiled_heads().items() if h.position is None]
+    loud = 0
+    for key in decoys:
+        last = exact_scores.numpy_forward(weights, prompt.clean, {key: (range(len(prompt.clean)), 0 * z[key])})[0][-1]
+        loud += abs((last - logits[-1])[prompt.answer] - (last - logits[-1])[prompt.distractor]) > 1e-3
+    assert len(decoys) == 25 and loud >= 20
+
+
+def test_circuit_heads_read_what_the_circuit_says(model):
+    prompt = exact_scores.compiled_prompts(1, seed=6)[0]
+    with torch.no_grad():
+        attentions = model(torch.tensor([prompt.clean]), output_attentions=True).attentions
+    for node in compiled.compiled_circuit().nodes:
+        at, to = (prompt.positions[name] for name in (*node.positions, *node.attends_to))
+        assert attentions[node.component.layer][0, node.component.head, at, to] > 0.95, node.name
+
+
+def test_shipped_model_is_what_the_code_makes(model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shipped = AutoModelForCausalLM.from_pretrained(SHIPPED, attn_implementation="eager", dtype=torch.float32)
+    made = model.state_dict()
+    assert shipped.state_dict().keys() == made.keys()
+    for name, parameter in shipped.state_dict().items():
+        torch.testing.assert_close(parameter, made[name], rtol=0, atol=1e-5)
+    text = "When Mary and John got to the park, John decided to give a drink to"
+    assert AutoTokenizer.from_pretrained(SHIPPED).tokenize(text) == compiled.compiled_tokenizer().tokenize(text)
+    assert (SHIPPED / "README.md").read_text(encoding="utf-8") == compiled.compiled_card()
+    assert sum(p.stat().st_size for p in SHIPPED.iterdir()) < 2_000_000
+
+
+def test_shipped_circuit_is_the_compiled_circuit():
+    shipped = load_circuit("compiled-ioi-ioi")
+    assert shipped == compiled.compiled_circuit() and shipped.provenance["kind"] == "compiled"
+    data = json.loads((compiled.DATA / "circuits" / "compiled-ioi-ioi.json").read_text(encoding="utf-8"))
+    assert data["cfg"] == {"n_layers": 4, "n_heads": 8, "d_model": 128, "parallel_attn_mlp": False}
+
+
+def test_saving_twice_gives_the_same_bytes_and_leaves_the_random_state_alone(tmp_path):
+    before = torch.get_rng_state()
+    one, two = (compiled.save_compiled(tmp_path / name) for name in ("one", "two"))
+    assert torch.equal(before, torch.get_rng_state())
+    assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+    assert all(p.read_bytes() == (two / p.name).read_bytes() for p in one.iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_saving_refuses_to_replace_a_folder_that_holds_no_model(tmp_path):
+    (tmp_path / "diary").mkdir()
+    (tmp_path / "diary" / "monday.txt").write_text("rain")
+    with pytest.raises(InputError, match="diary"):
+        compiled.save_compiled(tmp_path / "diary")
+    assert (tmp_path / "diary" / "monday.txt").read_text() == "rain"
+
+
+def test_tokenizer_reads_any_text_and_takes_its_words_whole():
+    tokenizer, words = compiled.compiled_tokenizer(), compiled.compiled_words()
+    for text in ("Then, Mary and John went to the store.", "naïve “Zoë”\n\t42 $", ""):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    pieces = [" " + name for name in words["names"]] + words["words"]
+    assert all(len(tokenizer(p)["input_ids"]) == 1 for p in pieces)
