@@ -48,7 +48,7 @@ lab: $(INSTALLED)  ## Open the notebooks in JupyterLab
 nbs: $(INSTALLED)  ## Export the notebooks to the package, clean them, and test them
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
-	$(BIN)/nbdev-clean --fname experiments
+	[ ! -d experiments ] || $(BIN)/nbdev-clean --fname experiments
 	$(TEST)/nbdev-test --n-workers $(WORKERS) --timing
 
 clean:  ## Remove .venv, caches and build leftovers

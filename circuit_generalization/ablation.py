@@ -6,7 +6,7 @@
 __all__ = ['ABLATIONS', 'STOCHASTIC', 'Activations', 'capture', 'each', 'Mask', 'universe_mask', 'circuit_mask', 'Ablation',
            'pool_members', 'draw_donors', 'Replacements']
 
-# %% ../nbs/w05-ablation.ipynb #9d6c245f
+# %% ../nbs/w05-ablation.ipynb #18adb3f6
 import hashlib
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .circuit import Circuit, check_fits
 from .errors import InputError
+from .models import check_tokens
 from .prompts import PromptSet
 from .tasks import cell_of
 
@@ -30,13 +31,14 @@ class Activations:
     def __getitem__(self, index) -> "Activations":
         return Activations(self.z[index], None if self.mlp is None else self.mlp[index])
 
-# %% ../nbs/w05-ablation.ipynb #eb6cff10
+# %% ../nbs/w05-ablation.ipynb #d375456b
 def capture(
     model,  # a TransformerBridge
     tokens: Int[Tensor, "prompt pos"],  # right-padded token ids
     universe: str = "heads",  # 'heads', or 'heads+mlps' to keep the MLPs' outputs too
 ) -> Activations:
-    "One forward pass; what every component wrote."
+    "One forward pass; what every component wrote. Raises `InputError` for tokens that the model cannot read."
+    check_tokens(model, tokens)
     layers, kept = range(model.cfg.n_layers), {}
 
     def keeper(name): return name, lambda value, hook: kept.update({name: value.detach()})
@@ -134,25 +136,35 @@ class Ablation:
     @property
     def needs_reference(self) -> bool: return self.kind in ("resample", "mean", "noise")
 
-# %% ../nbs/w05-ablation.ipynb #cd01e26f
+# %% ../nbs/w05-ablation.ipynb #5990ee4a
 def pool_members(
     prompts: PromptSet,
     reference: PromptSet,  # the pool
 ) -> list[np.ndarray]:  # of each prompt, the reference prompts in its cell
-    "Which reference prompts may stand in for each prompt. Raises `InputError` that names a prompt without any."
+    "Which reference prompts may stand in for each prompt, never the prompt itself. Raises `InputError` that names a prompt without any."
     by_cell: dict[tuple, list[int]] = {}
     for j, cell in enumerate(cell_of(reference)): by_cell.setdefault(_shape_of(cell, reference), []).append(j)
-    members = [np.array(by_cell.get(_shape_of(c, reference), []), dtype=int) for c in cell_of(prompts)]
+    own, theirs = _token_keys(prompts), _token_keys(reference)
+    cells = [by_cell.get(_shape_of(c, reference), []) for c in cell_of(prompts)]
+    members = [np.array([j for j in cell if theirs[j] != key], dtype=int) for cell, key in zip(cells, own)]
     empty = [i for i, m in enumerate(members) if not len(m)]
     if empty:
-        raise InputError(f"{prompts.name(empty[0])} has no reference prompt of its variant, template, length and role "
-                         f"positions ({len(empty)} of {len(prompts)} prompts have none): add such prompts to the reference, or use --ablation counterfactual")
+        raise InputError(f"{prompts.name(empty[0])} has no other reference prompt of its variant, template, length and role positions "
+                         f"({len(empty)} of {len(prompts)} prompts have none): add such prompts to the reference, or use "
+                         "--ablation counterfactual")
     return members
 
 
+def _token_keys(prompts: PromptSet) -> list[bytes]:
+    "The real tokens of each prompt, as something that can be compared."
+    return [t[:n].numpy().tobytes() for t, n in zip(prompts.tokens, prompts.lengths)]
+
+
 def _shape_of(cell: tuple, reference: PromptSet) -> tuple:
-    "A cell as far as the reference knows it: roles that the reference does not mark cannot be compared."
-    return (*cell[:4], *(pair for pair in cell[4:] if pair[0] in reference.positions))
+    "A cell as far as the reference knows it: phrases and roles that the reference does not mark cannot be compared."
+    variant, (template, insert), *rest = cell[:4]
+    known = (template, insert) if "insert" in reference.labels else template
+    return (variant, known, *rest, *(pair for pair in cell[4:] if pair[0] in reference.positions))
 
 # %% ../nbs/w05-ablation.ipynb #3bd04323
 def _prompt_rng(prompts: PromptSet, i: int, *key: int) -> np.random.Generator:
@@ -174,7 +186,7 @@ def draw_donors(
                          f"use --draws {len(members[small[0]])}, or add reference prompts")
     return torch.stack([torch.from_numpy(_prompt_rng(prompts, i, seed).permutation(m)[:n_draws]) for i, m in enumerate(members)], dim=1)
 
-# %% ../nbs/w05-ablation.ipynb #47b0861c
+# %% ../nbs/w05-ablation.ipynb #1d81d73d
 class Replacements:
     "Replacement activations for a prompt set, draw by draw. Raises `InputError` where the ablation lacks what it needs."
 
@@ -191,7 +203,8 @@ class Replacements:
         self.model, self.prompts, self.ablation, self.reference = model, prompts, ablation, reference
         self.universe, self.seed, self.batch_size = universe, seed, batch_size
         if ablation.needs_reference and reference is None:
-            raise InputError(f"{ablation.kind} ablation needs reference prompts: pass reference= (--reference FILE), or use --ablation counterfactual")
+            raise InputError(f"{ablation.kind} ablation needs reference prompts: pass reference= (--reference FILE), or use "
+                             "--ablation counterfactual")
         if ablation.kind == "counterfactual" and prompts.counterfactual is None:
             raise InputError("counterfactual ablation needs a counterfactual for every prompt, and these prompts have none")
         members = pool_members(prompts, reference) if ablation.needs_reference else None

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_BASELINE', 'COLUMNS', 'N_CALIBRATION', 'circuit_edits', 'head_masks', 'ratio_and_error', 'Baseline',
-           'CircuitScorer', 'Runs', 'four_runs', 'null_scores', 'head_profile', 'engagement', 'model_name']
+           'CircuitScorer', 'Runs', 'four_runs', 'null_scores', 'head_profile', 'engagement']
 
-# %% ../nbs/w08-circuit-scorer.ipynb #c21785a6
+# %% ../nbs/w08-circuit-scorer.ipynb #46816ae3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,25 @@ from .circuit import Circuit, check_fits, load_circuit
 from .controls import random_circuits
 from .errors import InputError
 from .forward import ENGINE, Edit, run_edits
-from .metrics import Thresholds, bounded_score, effect_scale, gap, kl_divergence, logit_difference, necessity, sign_agrees, sufficiency, verdicts
-from .models import as_bridge, final_logits
+from circuit_generalization.metrics import (
+    THRESHOLDS,
+    Thresholds,
+    bounded_score,
+    effect_scale,
+    gap,
+    kl_divergence,
+    logit_difference,
+    necessity,
+    sign_agrees,
+    sufficiency,
+    verdicts,
+)
+from .models import as_bridge, final_logits, model_name
 from .prompts import PromptSet
 from .stats import permutation_rank_p
 from .tasks import TASKS, cell_of, make_prompts, reference_pool
 
-# %% ../nbs/w08-circuit-scorer.ipynb #85f461ce
+# %% ../nbs/w08-circuit-scorer.ipynb #35c43502
 def circuit_edits(
     universe: Mask,
     circuit: Mask,  # true at the circuit's (component, position) pairs
@@ -38,7 +50,7 @@ def circuit_edits(
     "What a circuit's sufficiency and necessity need."
     return [Edit(universe & ~circuit, replacement), Edit(universe & circuit, replacement)]
 
-# %% ../nbs/w08-circuit-scorer.ipynb #9dcce3e2
+
 def head_masks(
     universe: Mask,
 ) -> list[Mask]:  # layer by layer, head by head
@@ -52,7 +64,7 @@ def head_masks(
             masks.append(Mask(heads, torch.zeros_like(universe.mlps)))
     return masks
 
-# %% ../nbs/w08-circuit-scorer.ipynb #a092bd98
+# %% ../nbs/w08-circuit-scorer.ipynb #da945238
 def ratio_and_error(
     ratio: Callable,  # (numerator LD, LD_M, LD_ablated) -> ratio: `sufficiency` or `necessity`
     ld: Float[np.ndarray, "draw prompt"],  # of the circuit, or of its complement
@@ -67,19 +79,20 @@ def ratio_and_error(
     left_out = ratio(without(ld), ld_model, without(ld_ablated))
     return whole, np.sqrt((draws - 1) / draws * np.square(left_out - left_out.mean(0)).sum(0))
 
-# %% ../nbs/w08-circuit-scorer.ipynb #4dc7816f
+# %% ../nbs/w08-circuit-scorer.ipynb #07dc9589
 @dataclass(frozen=True)
 class Baseline:
     "What held-out base prompts say about a model, a task and an ablation."
     scale: float | None  # D, mean of LD_M - LD_ablated, in logits; None: no base prompts
-    profile: np.ndarray | None  # mean drop of LD when each head is ablated alone, over D; None: not computed
+    profile: np.ndarray | None  # mean drop of LD when each head is ablated alone, in logits; None: not computed
     n: int  # prompts that the model got right, of which the means are
     reason: str = ""  # why there is no scale
 
 
-NO_BASELINE = Baseline(None, None, 0, "no base prompts of a known task: gap and profile_similarity are empty, and 0.5 logits decide what is too small")
+NO_BASELINE = Baseline(None, None, 0, "no base prompts of a known task: gap and profile_similarity are empty, "
+                                      "and 0.5 logits decide what is too small")
 
-# %% ../nbs/w08-circuit-scorer.ipynb #65088abe
+# %% ../nbs/w08-circuit-scorer.ipynb #6ec1a765
 class CircuitScorer:
     "Scores a circuit prompt by prompt. Raises `InputError` where model, circuit and prompts do not fit together."
 
@@ -87,8 +100,8 @@ class CircuitScorer:
         self,
         model,  # a name, a folder, a TransformerBridge or a Hugging Face model
         circuit: Circuit | str | Path,  # a circuit, a packaged circuit's name, or a JSON file
-        reference: PromptSet | None = None,  # held-out prompts that mean and resample draw from; None: generated for the prompts' task
-        thresholds: Thresholds = Thresholds(),  # of the verdicts
+        reference: PromptSet | None = None,  # held-out prompts that mean, resample and noise draw from; None: generated for the task
+        thresholds: Thresholds = THRESHOLDS,  # of the verdicts
         batch_size: int = 128,  # prompts a forward pass
         device: str = "cpu",
     ):
@@ -103,19 +116,41 @@ class CircuitScorer:
 
     def pool(self, prompts: PromptSet, ablation: Ablation, seed: int) -> PromptSet | None:
         "The reference prompts: the user's, or generated ones for a task that we know."
-        if self.reference is not None or not ablation.needs_reference: return self.reference
-        if not prompts.labels.task.isin(list(TASKS)).all(): return None
+        return self.reference if self.reference is not None else self.generated_pool(prompts, ablation, seed)
+
+    def generated_pool(self, prompts: PromptSet, ablation: Ablation, seed: int) -> PromptSet | None:
+        "Reference prompts for prompts that a task generated; None where none are needed, or none can be made."
+        generated = {"insert", "bos"} <= set(prompts.labels) and prompts.labels.task.isin(list(TASKS)).all()
+        if not (generated and ablation.needs_reference and self.model.tokenizer is not None): return None
         return reference_pool(prompts, self.model.tokenizer, seed=seed)
 
-# %% ../nbs/w08-circuit-scorer.ipynb #9667f5ad
+# %% ../nbs/w08-circuit-scorer.ipynb #144b8039
+def _refuse_unknown_ids(prompts: PromptSet, n_vocab: int):
+    "Raise `InputError` that names the first prompt with a token id that the model does not have."
+    for what in ("tokens", "counterfactual", "answers", "distractors"):
+        ids = getattr(prompts, what)
+        bad = torch.zeros(len(prompts), dtype=torch.bool) if ids is None else (ids >= n_vocab).any(-1)
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise InputError(f"{prompts.name(i)}: {what} hold id {int(ids[i].max())}, but the model knows 0 to {n_vocab - 1}; "
+                             "was another tokenizer used?")
+
+
+def _refuse_nan(logits: Float[Tensor, "edit prompt vocab"], prompts: PromptSet):
+    "Raise `InputError` that names the first prompt of which a wanted logit is NaN or infinite."
+    ids = torch.cat([prompts.answers, prompts.distractors], dim=1)
+    wanted = logits.gather(-1, ids.clamp(min=0).expand(len(logits), -1, -1))
+    bad = (~wanted.isfinite() & (ids >= 0)).any(-1).any(0)
+    if bad.any():
+        raise InputError(f"{prompts.name(bad.nonzero()[0])}: logits of its answer or distractor are NaN or infinite; are the weights damaged?")
+
+
 def _logit_differences(logits: Float[Tensor, "edit prompt vocab"], prompts: PromptSet) -> Float[np.ndarray, "edit prompt"]:
-    return logit_difference(logits.cpu().double(), prompts.answers, prompts.distractors).numpy()
+    logits = logits.cpu().double()
+    _refuse_nan(logits, prompts)
+    return logit_difference(logits, prompts.answers, prompts.distractors).numpy()
 
-
-def _refuse_nan(ld: Float[np.ndarray, " prompt"], prompts: PromptSet):
-    if (bad := ~np.isfinite(ld)).any(): raise InputError(f"{prompts.name(bad.argmax())}: the model's logits are not finite")
-
-# %% ../nbs/w08-circuit-scorer.ipynb #931574fe
+# %% ../nbs/w08-circuit-scorer.ipynb #901a498a
 @dataclass(frozen=True)
 class Runs:
     "The four logit differences of every prompt, draws kept apart."
@@ -137,15 +172,15 @@ def four_runs(
     circuit, every = circuit_mask(scorer.circuit, prompts, *scorer.shape), torch.arange(len(prompts))
     with torch.no_grad(): own = final_logits(scorer.model, prompts.tokens, prompts.lengths)
     ld_model, ld, kl = _logit_differences(own[None], prompts)[0], [], []
-    _refuse_nan(ld_model, prompts)
     for d in range(source.ablation.n_draws):
         new = source.draw(d, every, clean)
-        logits = run_edits(scorer.model, prompts.tokens, prompts.lengths, [Edit(universe, new), *circuit_edits(universe, circuit, new)])
+        edits = [Edit(universe, new), *circuit_edits(universe, circuit, new)]
+        logits = run_edits(scorer.model, prompts.tokens, prompts.lengths, edits)
         ld.append(_logit_differences(logits, prompts))
         kl.append(kl_divergence(own, logits[1]).cpu().numpy())
     return Runs(ld_model, *np.stack(ld, axis=1), np.mean(kl, axis=0))
 
-# %% ../nbs/w08-circuit-scorer.ipynb #68e6436b
+# %% ../nbs/w08-circuit-scorer.ipynb #96971fdf
 def null_scores(
     scorer: "CircuitScorer",
     prompts: PromptSet,
@@ -158,7 +193,8 @@ def null_scores(
     for null in nulls:
         edits = circuit_edits(universe, circuit_mask(null, prompts, *scorer.shape), new)
         alone, without = _logit_differences(run_edits(scorer.model, prompts.tokens, prompts.lengths, edits), prompts)
-        scores.append(bounded_score(sufficiency(alone, runs.model, runs.ablated[0]), necessity(without, runs.model, runs.ablated[0])))
+        s, n = sufficiency(alone, runs.model, runs.ablated[0]), necessity(without, runs.model, runs.ablated[0])
+        scores.append(bounded_score(s, n))
     return np.stack(scores)
 
 
@@ -172,24 +208,27 @@ def head_profile(
     edits = [Edit(mask, new) for mask in head_masks(universe_mask(prompts, *scorer.shape, "heads"))]
     return (ld_model - _logit_differences(run_edits(scorer.model, prompts.tokens, prompts.lengths, edits), prompts)).T
 
-# %% ../nbs/w08-circuit-scorer.ipynb #bfaecdec
+# %% ../nbs/w08-circuit-scorer.ipynb #7495ca21
 def engagement(
     model,  # a TransformerBridge
     circuit: Circuit,
     prompts: PromptSet,
 ) -> pd.DataFrame:  # one row a prompt, one column a role; no columns where the circuit does not say what it reads
-    "Mean attention from each role's position to the token that it should read."
-    pairs = sorted({(q, k) for n in circuit.nodes for q in n.positions or () for k in n.attends_to})
-    known = {p: attention_to(model, prompts.tokens, prompts.positions[p[0]], prompts.positions[p[1]]).cpu()
-             for p in pairs if all(r in prompts.positions and (prompts.positions[r] >= 0).all() for r in p)}
+    "Mean attention from each role's position to the token that it should read; NaN for a prompt that lacks one of them."
+    at, heads = prompts.positions, [n for n in circuit.nodes if n.component.head is not None]
+    reads = {n.name: [(q, k) for q in n.positions or () for k in n.attends_to if q in at and k in at] for n in heads}
+    known = {(q, k): attention_to(model, prompts.tokens, at[q], at[k]) for q, k in sorted(set().union(*reads.values()))}
     per_role: dict[str, list] = {}
-    for node in circuit.nodes:
-        values = [known[q, k][:, node.component.layer, node.component.head] for q in node.positions or () for k in node.attends_to if (q, k) in known]
-        if values and node.component.head is not None: per_role.setdefault(node.role or node.name, []).append(torch.stack(values).mean(0))
-    return pd.DataFrame({role: torch.stack(v).mean(0).numpy() for role, v in per_role.items()}, index=range(len(prompts)))
+    for node in heads:
+        values = [known[pair][:, node.component.layer, node.component.head] for pair in reads[node.name]]
+        if values: per_role.setdefault(node.role or node.name, []).append(torch.stack(values).nanmean(0))
+    return pd.DataFrame({role: torch.stack(v).nanmean(0).numpy() for role, v in per_role.items()}, index=range(len(prompts)))
 
-# %% ../nbs/w08-circuit-scorer.ipynb #24c35fb4
-def _correlations(profiles: Float[np.ndarray, "prompt head"], base: Float[np.ndarray, " head"] | None) -> Float[np.ndarray, " prompt"]:
+# %% ../nbs/w08-circuit-scorer.ipynb #e2ee511a
+def _correlations(
+    profiles: Float[np.ndarray, "prompt head"],
+    base: Float[np.ndarray, " head"] | None,
+) -> Float[np.ndarray, " prompt"]:
     "Pearson r of each prompt's profile with the base profile; NaN where either is constant or missing."
     if base is None: return np.full(len(profiles), np.nan)
     x, y = profiles - profiles.mean(1, keepdims=True), base - base.mean()
@@ -206,11 +245,14 @@ def _ratios(runs: Runs, stochastic: bool) -> dict[str, np.ndarray]:
 
 def _p_values(scorer, prompts, new, nulls, runs) -> Float[np.ndarray, " prompt"]:
     "Rank of the circuit's score among random circuits', all on the first donor draw."
-    own = bounded_score(sufficiency(runs.circuit[0], runs.model, runs.ablated[0]), necessity(runs.complement[0], runs.model, runs.ablated[0]))
+    alone, without = runs.circuit[0], runs.complement[0]
+    own = bounded_score(sufficiency(alone, runs.model, runs.ablated[0]), necessity(without, runs.model, runs.ablated[0]))
     return permutation_rank_p(own, null_scores(scorer, prompts, new, nulls, runs).T)
 
-# %% ../nbs/w08-circuit-scorer.ipynb #dd71243a
-def _score_batch(scorer: "CircuitScorer", prompts: PromptSet, source: Replacements, base: Baseline, nulls: list[Circuit], profile: bool) -> pd.DataFrame:
+# %% ../nbs/w08-circuit-scorer.ipynb #c17e348b
+def _score_batch(
+    scorer: "CircuitScorer", prompts: PromptSet, source: Replacements, base: Baseline, nulls: list[Circuit], profile: bool,
+) -> pd.DataFrame:
     "Every measured column, one row a prompt."
     clean = capture(scorer.model, prompts.tokens, scorer.circuit.universe)
     runs, reads = four_runs(scorer, prompts, source, clean), engagement(scorer.model, scorer.circuit, prompts)
@@ -226,7 +268,7 @@ def _score_batch(scorer: "CircuitScorer", prompts: PromptSet, source: Replacemen
         **_ratios(runs, source.ablation.kind in STOCHASTIC)))
     return table.join(reads.add_prefix("engagement_"))
 
-# %% ../nbs/w08-circuit-scorer.ipynb #ad77842c
+# %% ../nbs/w08-circuit-scorer.ipynb #6385cc1e
 def _batches(prompts: PromptSet, size: int) -> list[list[int]]:
     "Prompts of similar length and of the same cell together."
     cells = cell_of(prompts)
@@ -238,7 +280,7 @@ COLUMNS = ("prompt_id base_id model task circuit axis variant template prompt an
            "ld_ablated gap_raw gap sufficiency necessity score kl sign_agrees engagement profile_similarity p_value n_random n_draws s_se n_se "
            "universe engine verdict reason active").split()  # of a table of scores, in this order; engagement per role follows
 
-# %% ../nbs/w08-circuit-scorer.ipynb #0a93301c
+# %% ../nbs/w08-circuit-scorer.ipynb #a78e6fe9
 def _score(
     self: CircuitScorer,
     prompts: PromptSet,
@@ -251,6 +293,7 @@ def _score(
 ) -> pd.DataFrame:  # the columns of COLUMNS, and engagement per role; one row a prompt, in the order given
     "Score every prompt. Raises `InputError` where the ablation lacks what it needs, or a prompt cannot be scored."
     ablation = ablation if isinstance(ablation, Ablation) else Ablation(ablation)
+    _refuse_unknown_ids(prompts, self.model.cfg.d_vocab)
     base = baseline or self.calibrate(prompts, ablation, seed, profile=profile)
     reference, nulls = self.pool(prompts, ablation, seed), random_circuits(self.circuit, *self.shape, n_random, seed)
     tables = []
@@ -265,8 +308,10 @@ def _score(
 
 CircuitScorer.score = _score
 
-# %% ../nbs/w08-circuit-scorer.ipynb #49f63ff1
-def _finish(self: CircuitScorer, measured: pd.DataFrame, prompts: PromptSet, ablation: Ablation, seed: int, base: Baseline, n_random: int) -> pd.DataFrame:
+# %% ../nbs/w08-circuit-scorer.ipynb #bed010ec
+def _finish(
+    self: CircuitScorer, measured: pd.DataFrame, prompts: PromptSet, ablation: Ablation, seed: int, base: Baseline, n_random: int,
+) -> pd.DataFrame:
     "Labels before, verdicts after, columns in the order of the contract."
     used = dict(model=model_name(self.model), circuit=self.circuit.name, ablation=ablation.kind, seed=seed, n_random=n_random,
                 n_draws=ablation.n_draws, universe=self.circuit.universe, engine=ENGINE)
@@ -279,12 +324,7 @@ def _finish(self: CircuitScorer, measured: pd.DataFrame, prompts: PromptSet, abl
 
 CircuitScorer._finish = _finish
 
-
-def model_name(model) -> str:
-    "What a table calls a model: its embedded name, its folder's name, or its hub name."
-    return Path(str(getattr(model.cfg, "model_name", "") or "model")).name
-
-# %% ../nbs/w08-circuit-scorer.ipynb #faf4818a
+# %% ../nbs/w08-circuit-scorer.ipynb #e9b65e5a
 N_CALIBRATION = 72  # base prompts: both orders of each template, twice
 
 
@@ -297,33 +337,43 @@ def _calibrate(
     n: int = N_CALIBRATION,
 ) -> Baseline:
     "Scale D and mean head profile on held-out base prompts of the same task. Without a known task: `NO_BASELINE`."
-    tasks = prompts.labels.task.unique()
-    if len(tasks) != 1 or tasks[0] not in TASKS or self.model.tokenizer is None: return NO_BASELINE
+    tasks, tokenizer = prompts.labels.task.unique(), self.model.tokenizer
+    if len(tasks) != 1 or tasks[0] not in TASKS or tokenizer is None: return NO_BASELINE
     bos = bool(prompts.labels.bos.iloc[0]) if "bos" in prompts.labels else False
-    return self.baseline_on(make_prompts(tasks[0], n=n, seed=seed, tokenizer=self.model.tokenizer, split="calibration", bos=bos), ablation, seed, profile)
+    base = make_prompts(tasks[0], n=n, seed=seed, tokenizer=tokenizer, split="calibration", bos=bos)
+    return self.baseline_on(base, ablation, seed, profile, self.generated_pool(base, ablation, seed))
 
 
 CircuitScorer.calibrate = _calibrate
 
-# %% ../nbs/w08-circuit-scorer.ipynb #5fa72845
-def _baseline_on(self: CircuitScorer, base: PromptSet, ablation: Ablation, seed: int = 0, profile: bool = True) -> Baseline:
+# %% ../nbs/w08-circuit-scorer.ipynb #50e6df9f
+def _baseline_on(
+    self: CircuitScorer,
+    base: PromptSet,
+    ablation: Ablation,
+    seed: int = 0,
+    profile: bool = True,
+    reference: PromptSet | None = None,  # None: as for scoring
+) -> Baseline:
     "The baseline that the given base prompts define."
-    parts = [self._baseline_batch(base[index], ablation, seed, profile) for index in _batches(base, self.batch_size)]
+    reference = reference or self.pool(base, ablation, seed)
+    parts = [self._baseline_batch(base[index], reference, ablation, seed, profile) for index in _batches(base, self.batch_size)]
     model, ablated = (np.concatenate([p[k] for p in parts]) for k in (0, 1))
     right = model > 0
     if not right.any(): return Baseline(None, None, 0, "the model gets none of the held-out base prompts right")
     scale = effect_scale(model[right], ablated[right])
-    profiles = np.concatenate([p[2] for p in parts])[right].mean(0) / scale if profile else None
+    profiles = np.concatenate([p[2] for p in parts])[right].mean(0) if profile else None
     return Baseline(scale, profiles, int(right.sum()))
 
 
-def _baseline_batch(self: CircuitScorer, prompts: PromptSet, ablation: Ablation, seed: int, profile: bool):
+def _baseline_batch(self: CircuitScorer, prompts: PromptSet, reference: PromptSet | None, ablation: Ablation, seed: int, profile: bool):
     "LD_M, LD_ablated, and the head profile of some base prompts."
-    source = Replacements(self.model, prompts, ablation, self.pool(prompts, ablation, seed), self.circuit.universe, seed, self.batch_size)
-    clean, universe = capture(self.model, prompts.tokens, self.circuit.universe), universe_mask(prompts, *self.shape, self.circuit.universe)
+    kind = self.circuit.universe
+    source = Replacements(self.model, prompts, ablation, reference, kind, seed, self.batch_size)
+    clean, universe = capture(self.model, prompts.tokens, kind), universe_mask(prompts, *self.shape, kind)
     draws = [source.draw(d, torch.arange(len(prompts)), clean) for d in range(ablation.n_draws)]
-    logits = run_edits(self.model, prompts.tokens, prompts.lengths, [Edit(~universe, draws[0]), *(Edit(universe, new) for new in draws)])
-    model, *ablated = _logit_differences(logits, prompts)
+    edits = [Edit(universe & ~universe, draws[0]), *(Edit(universe, new) for new in draws)]  # first: nothing
+    model, *ablated = _logit_differences(run_edits(self.model, prompts.tokens, prompts.lengths, edits), prompts)
     return model, np.mean(ablated, axis=0), head_profile(self, prompts, draws[0], model) if profile else None
 
 

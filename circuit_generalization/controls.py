@@ -14,7 +14,7 @@ import numpy as np
 from .circuit import Circuit, Component, Node, check_fits
 from .errors import InputError
 
-# %% ../nbs/w07c-random-circuits.ipynb #4e80f0c2
+# %% ../nbs/w07c-random-circuits.ipynb #d392692e
 def random_circuit(
     circuit: Circuit,
     n_layers: int,
@@ -26,7 +26,7 @@ def random_circuit(
     by_layer = defaultdict(list)
     for node in circuit.nodes:
         if node.component.head is not None: by_layer[node.component.layer].append(node)
-    nodes = [n for n in circuit.nodes if n.component.head is None]
+    nodes = [Node(n.component, positions=n.positions) for n in circuit.nodes if n.component.head is None]
     for layer, listed in sorted(by_layer.items()):
         heads = rng.choice(n_heads, len(listed), replace=False)
         nodes += [Node(Component(layer, int(h)), positions=node.positions) for h, node in zip(heads, listed)]

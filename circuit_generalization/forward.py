@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENGINE', 'RECEIVER_INPUTS', 'Edit', 'run_edits', 'path_patch']
 
-# %% ../nbs/w05b-forward.ipynb #ab922bd4
+# %% ../nbs/w05b-forward.ipynb #6c1aba7c
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .ablation import Activations, Mask
+from .errors import InputError
 from .models import final_logits
 
 # %% ../nbs/w05b-forward.ipynb #1ea7a647
@@ -49,8 +50,18 @@ def run_edits(
     with torch.no_grad():
         return torch.stack([final_logits(model, tokens, lengths, _hooks(e), token_ids) for e in edits])
 
-# %% ../nbs/w05b-forward.ipynb #8ed69cb6
+# %% ../nbs/w05b-forward.ipynb #40ac32e9
 RECEIVER_INPUTS = ("q", "k", "v")
+
+
+def _check_path(model, sender, receiver, clean: Activations, hold_mlps: bool):
+    "Raise `InputError` for ends that the model does not have, and for MLPs to hold that were not captured."
+    for layer, head, *which in (sender, *([] if receiver == "logits" else [receiver])):
+        if not (0 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
+            raise InputError(f"the model has no head a{layer}.h{head}: it has {model.cfg.n_layers} layers of {model.cfg.n_heads} heads")
+        if which and which[0] not in RECEIVER_INPUTS:
+            raise InputError(f"a receiver reads through {', '.join(RECEIVER_INPUTS)}, not {which[0]!r}")
+    if hold_mlps and clean.mlp is None: raise InputError("to hold the MLPs, capture them: capture(model, tokens, 'heads+mlps')")
 
 
 def _hold_others(clean: Activations, sender: tuple[int, int], at, new, hold_mlps: bool) -> list[tuple]:
@@ -64,7 +75,7 @@ def _hold_others(clean: Activations, sender: tuple[int, int], at, new, hold_mlps
     mlp = [(f"blocks.{layer}.hook_mlp_out", lambda value, hook, layer=layer: clean.mlp[:, :, layer]) for layer in range(n_layers)]
     return hooks + (mlp if hold_mlps else [])
 
-# %% ../nbs/w05b-forward.ipynb #351b7f5c
+# %% ../nbs/w05b-forward.ipynb #45b81c22
 def path_patch(
     model,  # a TransformerBridge
     tokens: Int[Tensor, "prompt pos"],  # right-padded token ids
@@ -78,7 +89,8 @@ def path_patch(
     hold_mlps: bool = False,  # True: the sender's direct path only; False: through MLPs as well
     token_ids: Int[Tensor, " token"] | None = None,
 ) -> Float[Tensor, "prompt token"]:
-    "Final logits when only what the sender tells the receiver is changed. A plain oracle, two passes."
+    "Final logits when only what the sender tells the receiver is changed: a plain oracle, two passes. Raises `InputError` for ends that are none."
+    _check_path(model, sender, receiver, clean, hold_mlps)
     everywhere = torch.ones_like(tokens, dtype=torch.bool)
     first = _hold_others(clean, sender, everywhere if sender_at is None else sender_at, new, hold_mlps)
     with torch.no_grad():

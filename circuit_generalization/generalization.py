@@ -6,7 +6,7 @@
 __all__ = ['TABLE_COLUMNS', 'AXES', 'conclusion', 'variant_row', 'generalization_table', 'MeasureOptions', 'chosen_variants',
            'to_csv', 'Measurement', 'measure', 'passes_per_prompt', 'plan', 'score_file']
 
-# %% ../nbs/w09-generalization.ipynb #fca8c220
+# %% ../nbs/w09-generalization.ipynb #477abdf1
 import json
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .ablation import Ablation
+from .ablation import Ablation, circuit_mask
 from .circuit import load_circuit, packaged_circuits, write_text_atomically
 from .circuit_scorer import COLUMNS, Baseline, CircuitScorer
 from .errors import InputError
@@ -30,16 +30,11 @@ from .prompts import PromptSet, prompts_hash
 from .stats import benjamini_hochberg, cluster_interval, difference_p_value, paired_difference
 from .tasks import list_variants, make_prompts, variant_spec
 
-# %% ../nbs/w09-generalization.ipynb #5e0dd39d
-def _template_of(base_id: pd.Series, scores: pd.DataFrame) -> np.ndarray:
-    "The base template of each prompt's matched pair: what prompts are clustered by."
-    return base_id.map(scores[scores.axis == "base"].set_index("prompt_id").template).to_numpy()
-
-
+# %% ../nbs/w09-generalization.ipynb #1693fe68
 def _pairs(variant: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
-    "Matched pairs: right and active on either side, and the template they share."
-    columns = ["prompt_id", "template", "ld_model", "active"]
-    both = variant[["base_id", "ld_model", "active"]].merge(base[columns], left_on="base_id", right_on="prompt_id", suffixes=("", "_base"))
+    "Matched pairs: right and active on either side, and the variant's template."
+    mine, theirs = variant[["base_id", "template", "ld_model", "active"]], base[["prompt_id", "ld_model", "active"]]
+    both = mine.merge(theirs, left_on="base_id", right_on="prompt_id", suffixes=("", "_base"))
     return both.assign(right=both.ld_model > 0, right_base=both.ld_model_base > 0)
 
 # %% ../nbs/w09-generalization.ipynb #d0555a5d
@@ -73,16 +68,17 @@ def conclusion(
     if not np.isfinite([low, high]).all(): return "too few templates"
     return "lower" if high < 0 else "higher" if low > 0 else "no difference found"
 
-# %% ../nbs/w09-generalization.ipynb #f7367fc1
+# %% ../nbs/w09-generalization.ipynb #af59292c
 def variant_row(
     rows: pd.DataFrame,  # scores of one variant
     scores: pd.DataFrame,  # all scores of one ablation, base prompts among them
 ) -> dict:
     "One line of the table: shares of the variant, and its difference from the base."
     axis, variant = rows.axis.iloc[0], rows.variant.iloc[0]
-    clusters = _template_of(rows.base_id, scores)
+    clusters = rows.template.to_numpy()
     shares = {f"share_{v}": (rows.verdict == v).mean() for v in VERDICTS}
-    out = dict(axis=axis, variant=variant, n=len(rows), n_right=int((rows.ld_model > 0).sum()), n_templates=len(set(clusters)), **_share(rows, clusters))
+    counts = dict(n=len(rows), n_right=int((rows.ld_model > 0).sum()), n_templates=len(set(clusters)))
+    out = dict(axis=axis, variant=variant, **counts, **_share(rows, clusters))
     if axis == "base": return out | shares | dict(median_p_value=rows.p_value.median())
     d = _difference(_pairs(rows, scores[scores.axis == "base"]))
     return out | d | shares | dict(conclusion=conclusion(d["difference_low"], d["difference_high"]), median_p_value=rows.p_value.median())
@@ -131,7 +127,7 @@ class MeasureOptions:
     batch_size: int = 128
     bos: bool = False
 
-# %% ../nbs/w09-generalization.ipynb #1f14a787
+# %% ../nbs/w09-generalization.ipynb #7fd1cac1
 def chosen_variants(
     options: MeasureOptions,
 ) -> list[tuple[str, str]]:  # (axis, variant), base first
@@ -152,10 +148,11 @@ def _circuit_of(options: MeasureOptions):
     if options.circuit is not None: return load_circuit(options.circuit)
     name = f"{Path(options.model).name}-{options.task}"
     if name not in packaged_circuits():
-        raise InputError(f"no circuit comes with model {options.model!r} and task {options.task!r}: give one with --circuit FILE (there is {', '.join(packaged_circuits())})")
+        raise InputError(f"no circuit comes with model {options.model!r} and task {options.task!r}: give one with --circuit FILE "
+                         f"(there is {', '.join(packaged_circuits())})")
     return load_circuit(name)
 
-# %% ../nbs/w09-generalization.ipynb #2bb7828c
+# %% ../nbs/w09-generalization.ipynb #180fbb92
 @dataclass(frozen=True)
 class _Job:
     "A measurement, checked and loaded, before anything is written."
@@ -174,15 +171,18 @@ def _prepare(options: MeasureOptions) -> _Job:
     if not ablations: raise InputError("no ablation: give at least one")
     pairs, circuit = chosen_variants(options), _circuit_of(options)
     scorer = CircuitScorer(load_model(options.model, options.device), circuit, batch_size=options.batch_size)
-    if scorer.model.tokenizer is None: raise InputError(f"model {options.model!r} has no tokenizer, and prompts are text: add tokenizer.json to its folder")
+    if scorer.model.tokenizer is None:
+        raise InputError(f"model {options.model!r} has no tokenizer, and prompts are text: add tokenizer.json to its folder")
     prompts = {pair: make_prompts(options.task, *pair, options.n_prompts, options.seed, scorer.model.tokenizer, bos=options.bos) for pair in pairs}
+    for some in prompts.values(): circuit_mask(circuit, some, *scorer.shape)  # a position that some prompts lack is refused here
     hashes = dict(model=model_hash(scorer.model), circuit=circuit.hash, prompts={v: prompts_hash(p) for (_, v), p in prompts.items()})
     return _Job(options, scorer, ablations, prompts, hashes)
 
-# %% ../nbs/w09-generalization.ipynb #bb167dd1
+# %% ../nbs/w09-generalization.ipynb #e355816c
 def _shard_path(folder: Path, job: _Job, pair: tuple[str, str], ablation: Ablation) -> Path:
     options = {k: v for k, v in asdict(job.options).items() if k not in ("axes", "variants", "ablations")}
-    key = [options, job.hashes["model"], job.hashes["circuit"], job.hashes["prompts"][pair[1]], asdict(ablation), metadata.version("circuit-generalization")]
+    hashes, version = job.hashes, metadata.version("circuit-generalization")
+    key = [options, hashes["model"], hashes["circuit"], hashes["prompts"][pair[1]], asdict(ablation), version]
     return folder / f"{pair[1]}-{ablation.kind}-{sha256(json.dumps(key, default=str).encode()).hexdigest()[:12]}.csv"
 
 
@@ -194,9 +194,10 @@ def to_csv(table: pd.DataFrame, path: Path):
 def _score_shard(job: _Job, pair, ablation: Ablation, base: Baseline, tick) -> pd.DataFrame:
     "The headline ablation gets nulls and profiles; the others only their four runs."
     headline = ablation is job.ablations[0]
-    return job.scorer.score(job.prompts[pair], ablation, job.options.seed, job.options.n_random if headline else 0, base, profile=headline, progress=tick)
+    n_random = job.options.n_random if headline else 0
+    return job.scorer.score(job.prompts[pair], ablation, job.options.seed, n_random, base, profile=headline, progress=tick)
 
-# %% ../nbs/w09-generalization.ipynb #f5423645
+# %% ../nbs/w09-generalization.ipynb #47493067
 @dataclass
 class Measurement:
     "What a measurement found."
@@ -221,7 +222,9 @@ def _run_shards(job: _Job, folder: Path, progress) -> Iterator[pd.DataFrame]:
             path, what = _shard_path(folder, job, pair, ablation), f"{pair[1]}, {ablation.kind}"
             if not path.exists():
                 base = base or job.scorer.calibrate(prompts, ablation, job.options.seed, profile=ablation is job.ablations[0])
-                to_csv(_score_shard(job, pair, ablation, base, tick), path)
+                scored = _score_shard(job, pair, ablation, base, tick)
+                folder.mkdir(parents=True, exist_ok=True)  # only now: what cannot be scored leaves no folder behind
+                to_csv(scored, path)
             else: tick(len(prompts))
             yield pd.read_csv(path, keep_default_na=False, na_values=[""])
 
@@ -240,7 +243,7 @@ def _manifest(job: _Job, seconds: float, table: pd.DataFrame) -> dict:
                 prepended_bos=job.options.bos, p_values=f"against {job.options.n_random} layer-matched random circuits, one donor draw",
                 thresholds=asdict(job.scorer.thresholds))
 
-# %% ../nbs/w09-generalization.ipynb #40529788
+# %% ../nbs/w09-generalization.ipynb #c38280be
 def measure(
     options: MeasureOptions,
     out: str | Path,  # a folder, made if need be
@@ -249,9 +252,8 @@ def measure(
     "Score every variant, write CSVs and manifest into `out`. Raises `InputError` before anything is written. A killed run resumes."
     start, job, out = time.monotonic(), _prepare(options), Path(out)
     shards = out / ".shards"
-    try: shards.mkdir(parents=True, exist_ok=True)
+    try: parts = list(_run_shards(job, shards, progress))
     except OSError as e: raise InputError(f"cannot write into {out}: {e.strerror}") from None
-    parts = list(_run_shards(job, shards, progress))
     k = len(job.prompts)
     scores, sweep = pd.concat(parts[:k], ignore_index=True), pd.concat(parts[k:], ignore_index=True) if parts[k:] else pd.DataFrame(columns=COLUMNS)
     table = generalization_table(scores, sweep)
@@ -262,7 +264,7 @@ def measure(
     shards.rmdir()
     return Measurement(scores, sweep, table, manifest)
 
-# %% ../nbs/w09-generalization.ipynb #55f3570a
+# %% ../nbs/w09-generalization.ipynb #1ab97761
 def passes_per_prompt(
     ablation: Ablation,
     n_random: int,
@@ -290,7 +292,7 @@ def plan(
     logits = options.batch_size * cfg.d_vocab * 4 * 4 / 1e6
     return dict(prompts=n, passes=passes, memory_mb=round(activations + logits), seconds=round(passes * per_pass, 1))
 
-# %% ../nbs/w09-generalization.ipynb #0bd6420f
+# %% ../nbs/w09-generalization.ipynb #a9ca801c
 def score_file(
     model: str,
     circuit: str | Path,  # a packaged name or a JSON file

@@ -90,7 +90,7 @@ def _ioi(self: Language, kind: str | None = None) -> Sample:
 
 Language.ioi = _ioi
 
-# %% ../nbs/w04c-organism-language.ipynb #473e6cbe
+# %% ../nbs/w04c-organism-language.ipynb #581e9b7c
 def _template(self: Language) -> str:
     "A template of the task; in half of the samples with a phrase after the subject."
     phrase = self.pick(self.data["ioi"]["second_after"]) if self.chance(0.5) else ""
@@ -98,7 +98,7 @@ def _template(self: Language) -> str:
 
 
 def _grammar(self: Language) -> str:
-    "Preamble, first clause, middle, second clause. At most one of them names the third person."
+    "Preamble, first clause, middle, second clause. At most one of them names the third person. The clauses may be joined by a conjunction."
     g = self.data["ioi"]
     parts = dict(preamble=self.pick(g["preamble"]), middle=self.pick(g["middle"]), second_before=self.pick(g["second_before"]),
                  second_after=self.pick(g["second_after"]), verb=self.pick(g["verb"]))
@@ -106,9 +106,19 @@ def _grammar(self: Language) -> str:
     named = [k for k in parts if "[C]" in parts[k]]
     kept = self.pick(named) if named else None
     parts |= {k: plain[k] for k in named if k != kept}
+    if not parts["middle"] and self.chance(0.35): return self._subordinate(parts)
     stop = "." if parts["middle"] or self.chance(0.6) else ", and"
     before = parts["second_before"] if stop == "." else parts["second_before"][:1].lower() + parts["second_before"][1:]
     return f"{parts['preamble']}{self.pick(g['first'])}{stop}{parts['middle']} {before}[S]{parts['second_after']} {parts['verb']}"
+
+
+def _subordinate(self: Language, parts: dict[str, str]) -> str:
+    "The first clause hangs on the second; often it opens the sentence, so that a name can be the second word."
+    g, second = self.data["ioi"], f"{parts['second_before'][:1].lower()}{parts['second_before'][1:]}[S]{parts['second_after']} {parts['verb']}"
+    opening = self.pick(g["subordinate"])
+    after = "[C]" in parts["preamble"] or (parts["preamble"].endswith(", ") and self.chance(0.5))
+    if after: opening = parts["preamble"] + opening[:1].lower() + opening[1:]
+    return f"{opening} {self.pick(g['first'])}, {second}"
 
 
 def _chain(self: Language) -> str:
@@ -119,7 +129,7 @@ def _chain(self: Language) -> str:
     return preamble + self.pick(g["chain"]).replace("[M]", self.pick(g["chain_middle"])).replace("[V]", verb)
 
 
-Language._template, Language._grammar, Language._chain = _template, _grammar, _chain
+Language._template, Language._grammar, Language._subordinate, Language._chain = _template, _grammar, _subordinate, _chain
 
 # %% ../nbs/w04c-organism-language.ipynb #66324186
 def _once(self: Language) -> Sample:
@@ -169,7 +179,7 @@ def _greater_than(self: Language, held_out: bool = False) -> Sample:
 
 Language.sva, Language.greater_than = _sva, _greater_than
 
-# %% ../nbs/w04c-organism-language.ipynb #f1ea34ca
+# %% ../nbs/w04c-organism-language.ipynb #d2e3fd04
 def _induction(self: Language) -> Sample:
     "Random words, or names, repeated two or three times; the sample stops within the last repetition."
     k, mostly = self.rng.randint(3, 12), self.rng.random()
@@ -183,7 +193,8 @@ def _induction(self: Language) -> Sample:
 def _filler(self: Language) -> Sample:
     "Two to four sentences about anything, with every word of the vocabulary."
     lexicon = self.data["lexicon"]
-    draws = dict(NAME=lambda: self.pick(self.filler_names if self.chance(0.85) else self.long_names), O=lambda: self.pick(self.data["filler_openers"]),
+    draws = dict(NAME=lambda: self.pick(self.filler_names if self.chance(0.85) else self.long_names), 
+                 O=lambda: self.pick(self.data["filler_openers"]),
                  N=lambda: self.pick(self.things), F=lambda: self.pick(self.words), V=lambda: self.pick(lexicon["verb"]),
                  IV=lambda: self.pick(lexicon["intransitive"]), ADJ=lambda: self.pick(lexicon["adjective"]), ADV=lambda: self.pick(lexicon["adverb"]),
                  PREP=lambda: self.pick(lexicon["preposition"]), TIME=lambda: self.pick(lexicon["time"]))
@@ -211,7 +222,7 @@ def draw_batch(
     shares = MIXTURE[phase] | {"filler": 1 - sum(MIXTURE[phase].values())}
     return [getattr(language, kind)() for kind in language.rng.choices(list(shares), shares.values(), k=size)]
 
-# %% ../nbs/w04c-organism-language.ipynb #b7d7e153
+# %% ../nbs/w04c-organism-language.ipynb #648fc9dc
 def build_tokenizer():
     "A GPT-2 style fast tokenizer in which every word of the language is one token."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -235,8 +246,9 @@ def build_tokenizer():
 def _tokenizer_words() -> list[str]:
     "Words and names after a space; what a text starts with, with and without one; centuries."
     ioi, language = task_data("ioi.json"), task_data("language.json")
-    texts = [t for group in ioi["templates"].values() for t in group] + language["ioi"]["preamble"] + language["sva"]["openers"] + language["filler_openers"]
-    texts += language["greater_than"]["frames"] + language["greater_than"]["heldout_frames"] + language["once"]["start"] + language["filler"]
+    texts = [t for group in ioi["templates"].values() for t in group] + language["ioi"]["preamble"] + language["ioi"]["subordinate"]
+    texts += language["sva"]["openers"] + language["filler_openers"] + language["once"]["start"] + language["filler"]
+    texts += language["greater_than"]["frames"] + language["greater_than"]["heldout_frames"]
     starts = sorted({m.group(1).capitalize() for t in texts if (m := re.match(r"([A-Za-z]+)", t))} | {"It"})
     words = [" " + w for w in all_words() + names_of("task") + names_of("rare")]
     return list(dict.fromkeys([*words, *starts, *(" " + s for s in starts), *(f" {century}" for century in range(10, 21))]))

@@ -262,7 +262,7 @@ def least_effect(
         return thresholds.min_effect_logits
     return thresholds.min_effect * scale
 
-# %% ../nbs/w06-metrics.ipynb #e4af7ea4
+# %% ../nbs/w06-metrics.ipynb #cda3dc30
 def _doubts(
     ld_model: float, ld_ablated: float, s: float, n: float, s_se: float, n_se: float,  # as in `verdict`
     scale: float | None, thresholds: Thresholds,  # as in `verdict`
@@ -271,12 +271,12 @@ def _doubts(
     numbers = {"LD of the model": ld_model, "LD with everything ablated": ld_ablated,
                "sufficiency": s, "necessity": n,
                "the standard error of sufficiency": s_se, "the standard error of necessity": n_se}
-    for name, value in numbers.items():
-        if not isfinite(value):
-            yield f"{name} is {value}: not a number that can be judged"
     effect, floor = ld_model - ld_ablated, least_effect(scale, thresholds)
     if effect < floor:
         yield f"ablating everything costs {effect:.3g} logits, less than {floor:.3g}: too little to divide by"
+    for name, value in numbers.items():
+        if not isfinite(value):
+            yield f"{name} is {value}: not a number that can be judged"
     for name, se in (("sufficiency", s_se), ("necessity", n_se)):
         if se > thresholds.max_se:
             yield f"the draws disagree: standard error of {name} {se:.3g}, more than {thresholds.max_se:.3g}"

@@ -75,7 +75,7 @@ def _check_answers(p: PromptSet):
     same = ((p.answers[:, :, None] == p.distractors[:, None]) & (p.answers[:, :, None] >= 0)).flatten(1).any(-1)
     if same.any(): raise PromptError(f"{p.name(same.nonzero()[0])}: the answer is also the distractor")
 
-# %% ../nbs/w04-prompts.ipynb #658e584f
+# %% ../nbs/w04-prompts.ipynb #fed92a27
 def _pad(
     rows: Sequence[Sequence[int]],  # ragged lists of token ids
     value: int = 0,  # what padding holds
@@ -86,8 +86,8 @@ def _pad(
 
 
 def _id_sets(ids) -> list[list[int]]:
-    "Each answer as a list: a plain id is a set of one."
-    return [[int(i)] if isinstance(i, int | np.integer) else [int(j) for j in i] for i in ids]
+    "Each answer as a list of different ids: a plain id is a set of one, and an id given twice must not count twice."
+    return [list(dict.fromkeys(int(j) for j in np.ravel(i))) for i in ids]
 
 # %% ../nbs/w04-prompts.ipynb #0ec22618
 def _with_defaults(labels: pd.DataFrame | None, n: int) -> pd.DataFrame:
@@ -213,14 +213,15 @@ def _answer_ids(tokenizer, prompt: str, cell: str, where: str) -> list[int]:
             raise PromptError(f"{where}: answer {text!r} would run into {prompt.split()[-1]!r}: write {' ' + text!r} if a space comes first")
     return [single_token(tokenizer, t, where) for t in texts]
 
-# %% ../nbs/w04-prompts.ipynb #24db8a3a
+# %% ../nbs/w04-prompts.ipynb #b610ca2c
 def _csv_positions(table: pd.DataFrame, columns: list[str], path, shift: int) -> dict[str, list[int]]:
     "Columns pos_<role> as integers, moved by the BOS."
     out = {}
     for c in columns:
         numbers = pd.to_numeric(table[c], errors="coerce")
-        bad = numbers.isna() & (table[c].str.strip() != "") | (numbers % 1 != 0) & numbers.notna()
-        if bad.any(): raise PromptError(f"{path}, row {int(bad.idxmax()) + 2}: {c} should be a token's index, not {table[c][bad.idxmax()]!r}")
+        bad = numbers.isna() & (table[c].str.strip() != "") | ((numbers % 1 != 0) | (numbers < -1)) & numbers.notna()
+        if bad.any(): raise PromptError(f"{path}, row {int(bad.idxmax()) + 2}: {c} should be a token's index (from 0; empty for none), not "
+                                        f"{table[c][bad.idxmax()]!r}")
         out[c.removeprefix("pos_")] = [int(x) + shift if x >= 0 else -1 for x in numbers.fillna(-1)]
     return out
 
@@ -239,11 +240,22 @@ def _from_csv(
     empty = table.prompt.str.strip() == ""
     if empty.any(): raise PromptError(f"{rows[int(empty.idxmax())]}: the prompt is empty")
     clean = [start + encode(tokenizer, t) for t in table.prompt]
-    cf = [start + encode(tokenizer, t) for t in table.counterfactual] if "counterfactual" in table and (table.counterfactual != "").all() else None
+    cf = [start + encode(tokenizer, t) for t in table.counterfactual] if _has_counterfactuals(table, rows) else None
     ids = [[_answer_ids(tokenizer, p, a, r) for p, a, r in zip(table.prompt, table[c], rows)] for c in ("answer", "distractor")]
     at = [c for c in table if c.startswith("pos_")]
     if "prompt_id" not in table: table = table.assign(prompt_id=[f"row{i + 2}" for i in range(len(table))])
-    return _from_tokens(cls, clean, cf, *ids, _csv_positions(table, at, path, len(start)), table.drop(columns=at))
+    try:
+        return _from_tokens(cls, clean, cf, *ids, _csv_positions(table, at, path, len(start)), table.drop(columns=at))
+    except PromptError as e:
+        raise PromptError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
+
+
+def _has_counterfactuals(table: pd.DataFrame, rows: list[str]) -> bool:
+    "Every row has one, or none has. Raises `PromptError` that names the first row without, where others have one."
+    without = table.counterfactual.str.strip() == "" if "counterfactual" in table else pd.Series(True, index=table.index)
+    if without.any() and not without.all():
+        raise PromptError(f"{rows[int(without.idxmax())]}: no counterfactual, and other prompts have one: give all, or none")
+    return not without.any()
 
 
 PromptSet.from_csv = classmethod(_from_csv)
