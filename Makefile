@@ -5,6 +5,7 @@ SHELL := bash
 
 MODEL ?= organism-a
 N ?= 100
+RANDOM_CIRCUITS ?= 19
 OUT ?= results/$(MODEL)-ioi
 WORKERS ?= 2
 
@@ -17,7 +18,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 14
-	@echo 'Variables of `make run`: MODEL=$(MODEL) N=$(N) OUT=$(OUT); of `make test` and `make nbs`: WORKERS=$(WORKERS)'
+	@echo 'Variables of `make run`: MODEL=$(MODEL) N=$(N) RANDOM_CIRCUITS=$(RANDOM_CIRCUITS) OUT=$(OUT); of `make test` and `make nbs`: WORKERS=$(WORKERS)'
 
 # Built once; rebuilt only when one of these files changes.
 $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
@@ -33,7 +34,7 @@ $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
 
 run: $(INSTALLED)  ## Score the IOI circuit of an embedded model on all four axes, into results/
 	$(BIN)/circuit-gen measure --model $(MODEL) --task ioi --axes lexical syntactic domain adversarial \
-	  --n-prompts $(N) --seed 0 --out $(OUT)
+	  --n-prompts $(N) --n-random $(RANDOM_CIRCUITS) --seed 0 --out $(OUT)
 
 test: $(INSTALLED)  ## Lint, then run every test and every notebook
 	$(BIN)/ruff check .

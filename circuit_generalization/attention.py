@@ -35,7 +35,7 @@ def head_weights(
     shared = head * attention.W_K.shape[0] // n_heads
     return attention.W_Q[head], attention.W_K[shared], attention.W_V[shared], attention.W_O[head]
 
-# %% ../nbs/w02-attention-by-hand.ipynb #dfca6731
+# %% ../nbs/w02-attention-by-hand.ipynb #d7659ec5
 def _heads(
     model: "TransformerBridge",  # whose heads
     names: Sequence[str] | None,  # such as a1.h2; None: every head
@@ -51,7 +51,7 @@ def _heads(
         layers.setdefault(part.layer, []).append(part.head)
     return layers
 
-# %% ../nbs/w02-attention-by-hand.ipynb #6cd39eaf
+# %% ../nbs/w02-attention-by-hand.ipynb #83f0cadc
 def _watch_patterns(
     model: "TransformerBridge",  # runs once
     tokens: Int[Tensor, "prompt pos"],  # right-padded token ids
@@ -66,7 +66,7 @@ def _watch_patterns(
     hooks = [(f"blocks.{layer}.attn.hook_pattern", hook_for(layer)) for layer in layers]
     final_logits(model, tokens, fwd_hooks=hooks)
 
-# %% ../nbs/w02-attention-by-hand.ipynb #ef1399da
+# %% ../nbs/w02-attention-by-hand.ipynb #1f779c1e
 def attention_pattern(
     model: "TransformerBridge",  # causal
     tokens: Int[Tensor, "prompt pos"],  # right-padded token ids; what stands at padded positions means nothing
@@ -81,7 +81,7 @@ def attention_pattern(
     _watch_patterns(model, tokens, list(wanted), keep)
     return patterns
 
-# %% ../nbs/w02-attention-by-hand.ipynb #12c4b429
+# %% ../nbs/w02-attention-by-hand.ipynb #9ebc35d6
 def qk_circuit(
     model: "TransformerBridge",  # raw weights
     layer: int,  # counted from 0
@@ -91,7 +91,7 @@ def qk_circuit(
     W_Q, W_K, _, _ = head_weights(model, layer, head)
     return W_Q, W_K.T
 
-# %% ../nbs/w02-attention-by-hand.ipynb #549d2658
+# %% ../nbs/w02-attention-by-hand.ipynb #16efe2ca
 def ov_circuit(
     model: "TransformerBridge",  # raw weights
     layer: int,  # counted from 0
@@ -101,7 +101,7 @@ def ov_circuit(
     _, _, W_V, W_O = head_weights(model, layer, head)
     return W_V, W_O
 
-# %% ../nbs/w02-attention-by-hand.ipynb #162dc14c
+# %% ../nbs/w02-attention-by-hand.ipynb #c23ad01c
 def token_vectors(
     model: "TransformerBridge",  # with an MLP in block 0
     layer: int,  # of the head that will read them
@@ -113,7 +113,7 @@ def token_vectors(
         vectors = vectors + model.blocks[0].mlp(model.blocks[0].ln2(vectors))
     return model.blocks[layer].ln1(vectors)[0]
 
-# %% ../nbs/w02-attention-by-hand.ipynb #7e439fbb
+# %% ../nbs/w02-attention-by-hand.ipynb #51e12274
 def ov_scores(
     model: "TransformerBridge",  # raw weights
     layer: int,  # counted from 0
@@ -127,7 +127,7 @@ def ov_scores(
         written = written - written.mean(-1, keepdim=True)
     return (written * model.ln_final.weight) @ model.W_U[:, token_ids]
 
-# %% ../nbs/w02-attention-by-hand.ipynb #7af65e0e
+# %% ../nbs/w02-attention-by-hand.ipynb #3ec39b3b
 def ov_copying_score(
     model: "TransformerBridge",  # raw weights
     layer: int,  # counted from 0
@@ -253,7 +253,7 @@ def known_heads_gpt2(
     _set_head(second, 0, d_head, Q=gain * token, K=before - not_first, V=token, O=token.T)
     return model
 
-# %% ../nbs/w03-head-detectors.ipynb #3fb77251
+# %% ../nbs/w03-head-detectors.ipynb #c59749fe
 def _check_positions(
     positions: Int[Tensor, "prompt ..."],  # -1: this prompt has no such place
     tokens: Int[Tensor, "prompt pos"],  # the prompts

@@ -280,7 +280,7 @@ COLUMNS = ("prompt_id base_id model task circuit axis variant template prompt an
            "ld_ablated gap_raw gap sufficiency necessity score kl sign_agrees engagement profile_similarity p_value n_random n_draws s_se n_se "
            "universe engine verdict reason active").split()  # of a table of scores, in this order; engagement per role follows
 
-# %% ../nbs/w08-circuit-scorer.ipynb #a78e6fe9
+# %% ../nbs/w08-circuit-scorer.ipynb #a0f8031e
 def _score(
     self: CircuitScorer,
     prompts: PromptSet,
@@ -295,6 +295,7 @@ def _score(
     ablation = ablation if isinstance(ablation, Ablation) else Ablation(ablation)
     _refuse_unknown_ids(prompts, self.model.cfg.d_vocab)
     base = baseline or self.calibrate(prompts, ablation, seed, profile=profile)
+    profile = profile and base.profile is not None  # nothing to compare it with: save a pass a head
     reference, nulls = self.pool(prompts, ablation, seed), random_circuits(self.circuit, *self.shape, n_random, seed)
     tables = []
     for index in _batches(prompts, self.batch_size):

@@ -262,7 +262,7 @@ def run_measure(args) -> None:
     print_generalization(result.table, args.n_random)
     print(f"Wrote {args.out}: scores.csv, sweep.csv, generalization.csv, manifest.json, {len(figures)} figures.")
 
-# %% ../nbs/w09c-command-line.ipynb #c0205159
+# %% ../nbs/w09c-command-line.ipynb #e8e8eecd
 def plan_score(args) -> dict:  # prompts, passes, memory_mb, seconds
     "What `score` would cost, from the same checks and one timed batch. Writes nothing."
     from circuit_generalization.ablation import Ablation
@@ -276,7 +276,7 @@ def plan_score(args) -> dict:  # prompts, passes, memory_mb, seconds
     start, some = time.monotonic(), prompts[: min(32, args.batch_size)]
     scorer.score(some, Ablation("zero"), args.seed, 0, NO_BASELINE, profile=False)
     per_pass = (time.monotonic() - start) / len(some) / passes_per_prompt(Ablation("zero"), 0, 0)
-    passes = len(prompts) * passes_per_prompt(how, args.n_random, cfg.n_layers * cfg.n_heads)
+    passes = len(prompts) * passes_per_prompt(how, args.n_random, n_heads=0)
     floats = prompts.tokens.shape[1] * cfg.n_layers * cfg.n_heads * cfg.d_head + cfg.d_vocab
     return dict(prompts=len(prompts), passes=passes, memory_mb=args.batch_size * floats * 16 / 1e6, seconds=passes * per_pass)
 

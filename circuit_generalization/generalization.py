@@ -6,8 +6,9 @@
 __all__ = ['TABLE_COLUMNS', 'AXES', 'conclusion', 'variant_row', 'generalization_table', 'MeasureOptions', 'chosen_variants',
            'to_csv', 'Measurement', 'measure', 'passes_per_prompt', 'plan', 'score_file']
 
-# %% ../nbs/w09-generalization.ipynb #477abdf1
+# %% ../nbs/w09-generalization.ipynb #beaaae72
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -243,7 +244,7 @@ def _manifest(job: _Job, seconds: float, table: pd.DataFrame) -> dict:
                 prepended_bos=job.options.bos, p_values=f"against {job.options.n_random} layer-matched random circuits, one donor draw",
                 thresholds=asdict(job.scorer.thresholds))
 
-# %% ../nbs/w09-generalization.ipynb #c38280be
+# %% ../nbs/w09-generalization.ipynb #f875676a
 def measure(
     options: MeasureOptions,
     out: str | Path,  # a folder, made if need be
@@ -260,8 +261,7 @@ def measure(
     manifest = _manifest(job, time.monotonic() - start, table)
     for name, frame in (("scores", scores), ("sweep", sweep), ("generalization", table)): to_csv(frame, out / f"{name}.csv")
     write_text_atomically(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-    for shard in shards.glob("*.csv"): shard.unlink()
-    shards.rmdir()
+    shutil.rmtree(shards)
     return Measurement(scores, sweep, table, manifest)
 
 # %% ../nbs/w09-generalization.ipynb #1ab97761

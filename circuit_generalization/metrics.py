@@ -262,7 +262,7 @@ def least_effect(
         return thresholds.min_effect_logits
     return thresholds.min_effect * scale
 
-# %% ../nbs/w06-metrics.ipynb #cda3dc30
+# %% ../nbs/w06-metrics.ipynb #c7e38c08
 def _doubts(
     ld_model: float, ld_ablated: float, s: float, n: float, s_se: float, n_se: float,  # as in `verdict`
     scale: float | None, thresholds: Thresholds,  # as in `verdict`
@@ -272,7 +272,7 @@ def _doubts(
                "sufficiency": s, "necessity": n,
                "the standard error of sufficiency": s_se, "the standard error of necessity": n_se}
     effect, floor = ld_model - ld_ablated, least_effect(scale, thresholds)
-    if effect < floor:
+    if isfinite(effect) and effect < floor:
         yield f"ablating everything costs {effect:.3g} logits, less than {floor:.3g}: too little to divide by"
     for name, value in numbers.items():
         if not isfinite(value):

@@ -364,11 +364,11 @@ def component_names(
     mlps = [f"m{layer}" for layer in layers] if universe == "heads+mlps" else []
     return [f"a{layer}.h{head}" for layer in layers for head in heads] + mlps
 
-# %% ../nbs/w01-residual-stream.ipynb #2f40317d
+# %% ../nbs/w01-residual-stream.ipynb #d9466705
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# %% ../nbs/w01-residual-stream.ipynb #8fac8d01
+# %% ../nbs/w01-residual-stream.ipynb #76f8cc96
 def check_tokens(
     model: "TransformerBridge",  # whose limits apply
     tokens: Int[Tensor, "prompt pos"],  # right-padded
@@ -388,7 +388,7 @@ def check_tokens(
         raise InputError(f"the longest prompt has {longest} tokens{padded}; the model takes at most {model.cfg.n_ctx}, its "
                          "context: shorten such prompts, or leave them out")
 
-# %% ../nbs/w01-residual-stream.ipynb #765f8ce4
+# %% ../nbs/w01-residual-stream.ipynb #6b95edfc
 def final_logits(
     model: "TransformerBridge",  # causal
     tokens: Int[Tensor, "prompt pos"],  # right-padded token ids

@@ -102,14 +102,14 @@ def fill(
         ends.append((slot, len(text) - 1))
     return text, ends
 
-# %% ../nbs/w04b-tasks.ipynb #173e634b
+# %% ../nbs/w04b-tasks.ipynb #09cf4125
 def role_positions(
     tokenizer,
     text: str,
     ends: list[tuple[str, int]],  # what `fill` returned
     order: str,  # 'ABBA' or 'BABA'
 ) -> dict[str, int]:
-    "Token index of each role of an IOI prompt: IO, S1, S2, the token after each, END, and S2a for a mention of S between S1 and S2."
+    "Token index of each role of an IOI prompt: IO, S1, S2, the token after each, END-2, END, and S2a for a mention of S between S1 and S2."
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     token = {i: t for t, (a, b) in enumerate(spans) for i in range(a, b)}
     io, s = ("A", "B") if order == "ABBA" else ("B", "A")
@@ -117,7 +117,7 @@ def role_positions(
     repeats = [token[e] for slot, e in ends if slot == "S"]
     middle = {"S2a": repeats[-2]} if len(repeats) > 1 else {}
     at = {"IO": first[io], "S1": first[s], **middle, "S2": repeats[-1]}
-    return at | {f"{role}+1": at[role] + 1 for role in ("IO", "S1", "S2")} | {"END": len(spans) - 1}
+    return at | {f"{role}+1": at[role] + 1 for role in ("IO", "S1", "S2")} | {"END-2": len(spans) - 3, "END": len(spans) - 1}
 
 # %% ../nbs/w04b-tasks.ipynb #ab1e51a9
 def _rng(*key) -> np.random.Generator:

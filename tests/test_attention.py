@@ -27,11 +27,6 @@ from circuit_generalization.models import as_bridge, component_names, micro_gpt2
 
 
 @pytest.fixture(scope="module")
-def micro():
-    return as_bridge(micro_gpt2())
-
-
-@pytest.fixture(scope="module")
 def known():
     return as_bridge(known_heads_gpt2())
 

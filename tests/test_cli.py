@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub.constants
 import pandas as pd
 import pytest
 import torch
@@ -60,11 +59,6 @@ def refused(tmp_path, capfd):
         return said.err
 
     return run
-
-
-@pytest.fixture
-def no_hub(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
 
 
 @pytest.fixture
@@ -209,6 +203,18 @@ def test_score_writes_a_row_a_prompt(tmp_path, capsys):
     assert "4 prompts" in printed and "active" in printed and "among 1 layer-matched random circuits" in printed
 
 
+@pytest.fixture
+def all_progress(monkeypatch):
+    """Progress lines without a pause between them."""
+    monkeypatch.setattr(cli, "progress_bar", lambda: cli.progress_lines(sys.stderr, every=0))
+
+
+def test_score_shows_progress(tmp_path, capfd, all_progress):
+    prompts = write_csv(tmp_path / "prompts.csv", ROW, *UNINFORMATIVE)
+    assert main([*SCORE, "--prompts", prompts, "--batch-size", "2", "--out", str(tmp_path / "scores.csv")]) == 0
+    assert capfd.readouterr().err == "2 of 4: counterfactual\n4 of 4: counterfactual\n"
+
+
 def test_score_draws_from_the_reference(tmp_path):
     prompts, reference = write_csv(tmp_path / "p.csv", ROW), write_csv(tmp_path / "r.csv", *UNINFORMATIVE)
     tables = {}
@@ -236,13 +242,18 @@ def test_score_does_not_replace_its_input(tmp_path, refused):
 # discover and train-organism
 
 @pytest.mark.slow
-def test_discover_writes_a_circuit_that_score_takes(tmp_path, capsys):
-    out = tmp_path / "found.json"
-    assert main(["discover", "--model", "compiled-ioi", "--n-prompts", "36", "--out", str(out)]) == 0
-    found, known = load_circuit(out), load_circuit("compiled-ioi-ioi")
-    assert set(found.components) & set(known.components) and found.model == "compiled-ioi" and found.task == "ioi"
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in found.components) and leftovers(tmp_path) == ["found.json"]
+@pytest.mark.skipif("organism-a" not in embedded_models(), reason="organism-a has not been trained yet")
+def test_discover_writes_a_circuit_that_measure_takes(tmp_path, capfd, all_progress):
+    out = tmp_path / "new" / "found.json"
+    assert main(["discover", "--model", "organism-a", "--n-prompts", "18", "--seed", "2", "--out", str(out)]) == 0
+    found, said = load_circuit(out), capfd.readouterr()
+    assert (found.model, found.task, found.name) == ("organism-a", "ioi", "organism-a-ioi") and leftovers(out.parent) == ["found.json"]
+    assert found.provenance["seed"] == 2 and found.provenance["n_prompts"] == 18 and "--seed 2" in found.provenance["command"]
+    assert f"{len(found)} components" in said.out and all(name in said.out for name in (*found.components, *found.roles))
+    assert all(what in said.err for what in ("effects of single heads", "pruning, ", "path patching"))
+    measure = [*MEASURE, "--model", "organism-a", "--circuit", str(out), "--variants", "rare_names", "--ablation", "counterfactual"]
+    assert main([*measure, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["hashes"]["circuit"] == found.hash
 
 
 @pytest.mark.slow
@@ -335,6 +346,21 @@ def test_out_of_the_wrong_kind(refused, tmp_path):
     assert "a folder; give the name of a file in it" in refused(*SCORE, "--prompts", "never-read.csv", "--out", tmp_path)
 
 
+@pytest.mark.parametrize("options, complaint", [
+    (["--model", "compiled-oii"], "did you mean compiled-ioi?"), (["--model", "./no/such/folder"], "no such folder"),
+    (["--task", "chess"], "no task 'chess': there is ioi"), (["--n-prompts", "0"], "--n-prompts: 0 is too small")],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_bad_options_of_discover(options, complaint, refused):
+    assert complaint in refused("discover", "--model", "compiled-ioi", *options)
+
+
+def test_discover_refuses_a_model_that_cannot_do_the_task(refused, tmp_path):
+    folder = Path(shutil.copytree(embedded_models()["compiled-ioi"], tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v * (0.0 if "c_proj.weight" in k else 1.0) for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert "of the base ioi prompts right" in refused("discover", "--model", folder, "--n-prompts", "18")
+
+
 def test_an_organism_replaces_no_other_folder(refused, tmp_path):
     (tmp_path / "precious.txt").write_text("keep me")
     assert "give another one" in refused("train-organism", "organism-a", "--out", tmp_path)
@@ -347,6 +373,7 @@ def test_an_organism_that_is_not_known(refused):
 
 # bad input: circuits
 
+@pytest.mark.parametrize("command", ["measure", "score"])
 @pytest.mark.parametrize("nodes, complaint", [
     ({"a12.h3": {"role": "name mover"}}, "a12.h3"),
     ({"attention 3": {}}, "'attention 3' is not a component"),
@@ -355,8 +382,9 @@ def test_an_organism_that_is_not_known(refused):
     ({"a0.h2": {"position": ["S9"]}}, "a0.h2 is listed at S9"),
     ({"m1": {}}, "universe is 'heads'"),
 ], ids=["unknown head", "not a component", "role", "position", "position that the task lacks", "mlp"])
-def test_bad_circuits(nodes, complaint, refused, circuit_file):
-    assert complaint in refused(*MEASURE, "--circuit", circuit_file(**nodes), out="out")
+def test_bad_circuits(nodes, complaint, command, refused, circuit_file, tmp_path):
+    argv = MEASURE if command == "measure" else [*SCORE, "--prompts", write_csv(tmp_path / "prompts.csv", ROW)]
+    assert complaint in refused(*argv, "--circuit", circuit_file(**nodes), out="out")
 
 
 @pytest.mark.parametrize("text, complaint", [("{", "not JSON"), ("[]", "no 'nodes'"), ("", "not JSON")])
@@ -376,7 +404,7 @@ def test_files_that_are_no_circuit(text, complaint, refused, tmp_path):
     ({"prompt": " "}, "the prompt is empty"),
     ({"prompt": " a" * 500, "counterfactual": " a" * 500}, "500"),
     ({"pos_S2": "99"}, "S2 is at token 99"),
-    ({"pos_S2": "second"}, "pos_S2 should be a token's index, not 'second'"),
+    ({"pos_S2": "second"}, "pos_S2 should be a token's index (from 0; empty for none), not 'second'"),
     ({"pos_S2": ""}, "S2, which prompt row2"),
 ], ids=["answer of two tokens", "no answer", "no space", "same", "unequal counterfactual", "empty", "too long", "position outside", "position text",
         "no position"])
@@ -436,15 +464,15 @@ def nan_weights(folder):
     (lambda folder: (folder / "config.json").write_text("{"), "config.json: not JSON"),
     (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     (lambda folder: (folder / "tokenizer.json").write_text("{}"), "the tokenizer cannot be read"),
-    (lambda folder: [p.unlink() for p in folder.glob("tokenizer*")], "no tokenizer"),
+    (lambda folder: [p.unlink() for p in folder.glob("tokenizer*")], "tokenizer"),
 ], ids=["corrupt safetensors", "pickle", "nan", "config", "no config", "tokenizer", "no tokenizer"])
-@pytest.mark.parametrize("command", ["measure", "score"])
+@pytest.mark.parametrize("command", ["measure", "score", "discover"])
 def test_bad_model_folders(command, damage, complaint, refused, tmp_path):
     folder = Path(shutil.copytree(embedded_models()["compiled-ioi"], tmp_path / "model"))
     damage(folder)
-    prompts = ["--prompts", write_csv(tmp_path / "prompts.csv", ROW)]
-    argv = [*MEASURE, "--circuit", "compiled-ioi-ioi"] if command == "measure" else [*SCORE, *prompts]
-    assert complaint in refused(*argv, "--model", folder)
+    commands = {"measure": [*MEASURE, "--circuit", "compiled-ioi-ioi"], "discover": ["discover", "--n-prompts", "18"],
+                "score": [*SCORE, "--prompts", write_csv(tmp_path / "prompts.csv", ROW)]}
+    assert complaint in refused(*commands[command], "--model", folder)
 
 
 # the end of the line

@@ -19,13 +19,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def weights(model):
-    return exact_scores.numpy_weights(model)
-
-
-@pytest.fixture(scope="module")
-def cases(weights):
-    return exact_scores.compiled_cases(weights, exact_scores.compiled_prompts(16))
+def cases(compiled_numbers):
+    return exact_scores.compiled_cases(compiled_numbers, exact_scores.compiled_prompts(16))
 
 
 def hugging_face_logits(model, tokens):
@@ -33,9 +28,9 @@ def hugging_face_logits(model, tokens):
         return model(torch.tensor([tokens])).logits[0].numpy()
 
 
-def test_numpy_forward_is_hugging_face_forward(model, weights):
+def test_numpy_forward_is_hugging_face_forward(model, compiled_numbers):
     worst = max(
-        np.abs(exact_scores.numpy_forward(weights, text)[0] - hugging_face_logits(model, text)).max()
+        np.abs(exact_scores.numpy_forward(compiled_numbers, text)[0] - hugging_face_logits(model, text)).max()
         for p in exact_scores.compiled_prompts(20, seed=2) for text in (p.clean, p.counterfactual, p.donor)
     )
     assert worst < 5e-5
@@ -49,11 +44,11 @@ def test_numpy_forward_on_a_random_model_with_every_parameter_used():
     assert np.abs(ours - hugging_face_logits(random, tokens)).max() < 1e-4
 
 
-def test_edit_replaces_what_a_hook_on_the_output_matrix_replaces(model, weights):
+def test_edit_replaces_what_a_hook_on_the_output_matrix_replaces(model, compiled_numbers):
     prompt = exact_scores.compiled_prompts(1)[0]
     layer, head, position = 2, 4, prompt.positions["END"]
     z = np.linspace(-1, 1, compiled.D_HEAD)
-    edited, _ = exact_scores.numpy_forward(weights, prompt.clean, {(layer, head): ([position], z[None])})
+    edited, _ = exact_scores.numpy_forward(compiled_numbers, prompt.clean, {(layer, head): ([position], z[None])})
 
     def replace(module, args):
         x = args[0].clone()
@@ -71,24 +66,24 @@ def test_edit_replaces_what_a_hook_on_the_output_matrix_replaces(model, weights)
 
 @pytest.mark.parametrize("template", exact_scores.TEMPLATES)
 @pytest.mark.parametrize("order", ["ABBA", "BABA"])
-def test_it_is_always_right_by_a_healthy_margin(weights, template, order):
+def test_it_is_always_right_by_a_healthy_margin(compiled_numbers, template, order):
     tokenizer, rng = compiled.compiled_tokenizer(), np.random.default_rng(7)
     names, lds = compiled.compiled_words()["names"], []
     for _ in range(60):
         p = exact_scores.exact_prompt(tokenizer, template, order, rng.choice(names, 6, replace=False).tolist())
-        last = exact_scores.numpy_forward(weights, p.clean)[0][-1]
+        last = exact_scores.numpy_forward(compiled_numbers, p.clean)[0][-1]
         assert last.argmax() == p.answer
         lds.append(last[p.answer] - last[p.distractor])
     assert min(lds) > 1.5 and 3 < np.mean(lds) < 8
 
 
-def test_every_name_can_be_the_answer_and_the_subject(weights):
+def test_every_name_can_be_the_answer_and_the_subject(compiled_numbers):
     tokenizer, names = compiled.compiled_tokenizer(), compiled.compiled_words()["names"]
     assert len(set(names)) == 120
     for i in range(120):
         six = [names[(i + k) % 120] for k in range(6)]
         p = exact_scores.exact_prompt(tokenizer, exact_scores.TEMPLATES[i % 2], ("ABBA", "BABA")[i // 2 % 2], six)
-        assert exact_scores.numpy_forward(weights, p.clean)[0][-1].argmax() == p.answer
+        assert exact_scores.numpy_forward(compiled_numbers, p.clean)[0][-1].argmax() == p.answer
 
 
 @pytest.mark.parametrize("case", list(exact_scores.case_circuits()))
@@ -103,8 +98,8 @@ def test_cases_show_five_verdicts(cases):
     assert {c["verdict"] for c in cases.values()} == {"active", "shortfall", "overshoot", "redundant", "rerouted"}
 
 
-def test_verdicts_hold_under_the_resample_donor_for_nearly_all_prompts(weights):
-    for name, case in exact_scores.compiled_cases(weights, exact_scores.compiled_prompts(40, seed=9), "donor").items():
+def test_verdicts_hold_under_the_resample_donor_for_nearly_all_prompts(compiled_numbers):
+    for name, case in exact_scores.compiled_cases(compiled_numbers, exact_scores.compiled_prompts(40, seed=9), "donor").items():
         assert (case["scores"].verdict == case["verdict"]).mean() >= 0.9, name
 
 
@@ -115,12 +110,12 @@ def test_every_role_is_needed(cases):
     assert (cases["without negative mover"]["scores"].ld_circuit > 1.2 * model).all()
 
 
-def test_full_circuit_is_the_model_and_empty_circuit_is_everything_ablated(weights):
+def test_full_circuit_is_the_model_and_empty_circuit_is_everything_ablated(compiled_numbers):
     prompt = exact_scores.compiled_prompts(1)[0]
-    donor_z = exact_scores.numpy_forward(weights, prompt.counterfactual)[1]
+    donor_z = exact_scores.numpy_forward(compiled_numbers, prompt.counterfactual)[1]
     empty = Circuit((), universe="heads")
     assert exact_scores.edits_for("complement", empty, prompt, donor_z) == {}
-    lds = exact_scores.expected_lds(weights, empty, prompt)
+    lds = exact_scores.expected_lds(compiled_numbers, empty, prompt)
     assert lds["ld_circuit"] == lds["ld_ablated"] and lds["ld_complement"] == lds["ld_model"]
 
 
@@ -133,14 +128,14 @@ def test_verdict_takes_the_first_line_that_fits(row, verdict):
     assert exact_scores.expected_verdict(*row, scale=4.0) == verdict
 
 
-def test_decoys_write_into_the_answer(weights):
+def test_decoys_write_into_the_answer(compiled_numbers):
     """Zeroing any one of the decoys that act at END changes the logit difference."""
     prompt = exact_scores.compiled_prompts(1, seed=4)[0]
-    logits, z = exact_scores.numpy_forward(weights, prompt.clean)
+    logits, z = exact_scores.numpy_forward(compiled_numbers, prompt.clean)
     decoys = [tuple(map(int, (n[1], n[-1]))) for n, h in compiled.compiled_heads().items() if h.position is None]
     loud = 0
     for key in decoys:
-        last = exact_scores.numpy_forward(weights, prompt.clean, {key: (range(len(prompt.clean)), 0 * z[key])})[0][-1]
+        last = exact_scores.numpy_forward(compiled_numbers, prompt.clean, {key: (range(len(prompt.clean)), 0 * z[key])})[0][-1]
         loud += abs((last - logits[-1])[prompt.answer] - (last - logits[-1])[prompt.distractor]) > 1e-3
     assert len(decoys) == 25 and loud >= 20
 

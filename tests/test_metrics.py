@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from circuit_generalization.errors import InputError
@@ -62,7 +62,6 @@ def test_logit_difference_by_hand():
     assert ld[1].item() == pytest.approx(math.log(2))
 
 
-@settings(deadline=None)
 @given(scored_prompts())
 def test_logit_difference_is_the_log_odds_of_the_sets(case):
     logits, answers, distractors, sets = case
@@ -72,7 +71,6 @@ def test_logit_difference_is_the_log_odds_of_the_sets(case):
     torch.testing.assert_close(ld, -logit_difference(logits, distractors, answers))
 
 
-@settings(deadline=None)
 @given(scored_prompts())
 def test_wanted_tokens_give_the_same_logit_difference(case):
     logits, answers, distractors, sets = case
@@ -83,7 +81,6 @@ def test_wanted_tokens_give_the_same_logit_difference(case):
     assert torch.equal(few, logit_difference(logits, answers, distractors))
 
 
-@settings(deadline=None)
 @given(scored_prompts(), st.integers(1, 3))
 def test_more_padding_changes_nothing(case, width):
     logits, answers, distractors, _ = case
@@ -141,7 +138,6 @@ def test_kl_by_hand_and_direction():
     assert kl_divergence(q, p).item() == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(2), abs=1e-6)
 
 
-@settings(deadline=None)
 @given(scored_prompts(), st.floats(-50, 50))
 def test_kl_properties(case, shift):
     logits = case[0]
@@ -181,7 +177,6 @@ def test_ratios_by_hand():
     assert isinstance(sufficiency(3.0, 5.0, 1.0), float)
 
 
-@settings(deadline=None)
 @given(finite, finite, st.floats(0.1, 100))
 def test_full_and_empty_circuit(ablated, other, effect):
     model = ablated + effect
@@ -189,7 +184,6 @@ def test_full_and_empty_circuit(ablated, other, effect):
     assert necessity(ablated, model, ablated) == 1 and necessity(model, model, ablated) == 0
 
 
-@settings(deadline=None)
 @given(finite, finite, st.floats(-1e-7, 1e-7))
 def test_ratios_to_nothing_are_nan_never_infinite(a, b, tiny):
     assert math.isnan(sufficiency(a, tiny, 0.0)) and math.isnan(necessity(a, tiny, 0.0))
@@ -197,7 +191,6 @@ def test_ratios_to_nothing_are_nan_never_infinite(a, b, tiny):
     assert math.isnan(mean_of_ratios([a, a], [tiny, 1.0]))
 
 
-@settings(deadline=None)
 @given(anything, anything, anything)
 def test_sufficiency_is_never_infinite_for_finite_differences(c, m, e):
     if all(map(math.isfinite, (c, m, e))) and math.isfinite(c - e) and math.isfinite(m - e):
@@ -205,7 +198,6 @@ def test_sufficiency_is_never_infinite_for_finite_differences(c, m, e):
         assert math.isnan(value) or abs(value) <= abs(c - e) / 1e-6
 
 
-@settings(deadline=None)
 @given(st.floats(-5, 5), st.floats(-5, 5))
 def test_bounded_score_is_symmetric_around_one(distance, n):
     over, under = bounded_score(1 + distance, n), bounded_score(1 - distance, n)
@@ -225,7 +217,6 @@ def test_the_two_data_set_estimands_differ_and_are_not_swapped():
     assert mean_of_ratios(circuit, model) == pytest.approx(1.6)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.5, 10), min_size=1, max_size=8), st.floats(-3, 3))
 def test_both_estimands_agree_for_a_constant_ratio(model, ratio):
     circuit = [ratio * m for m in model]
@@ -269,7 +260,6 @@ near = st.one_of(st.sampled_from([0.0, 0.15, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, -0.0,
 se = st.one_of(st.just(0.0), st.just(0.15), st.floats(0, 0.3))
 
 
-@settings(deadline=None)
 @given(near, near, near, near, se, se, st.one_of(st.none(), near))
 @example(4.0, 0.0, 1.3, 0.5, 0.15, 0.15, None)
 def test_exactly_one_verdict_for_any_finite_numbers(ld_model, ld_ablated, s, n, s_se, n_se, scale):
@@ -278,7 +268,6 @@ def test_exactly_one_verdict_for_any_finite_numbers(ld_model, ld_ablated, s, n, 
     assert reason and "nan" not in reason
 
 
-@settings(deadline=None)
 @given(st.lists(anything, min_size=6, max_size=6), st.one_of(st.none(), anything))
 def test_any_input_at_all_gets_a_verdict_and_nan_is_never_a_finding(numbers, scale):
     word, reason = verdict(*numbers, scale)
@@ -337,7 +326,6 @@ def test_thresholds_move_the_borders_and_are_checked():
             Thresholds(**wrong)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(near, near, near, near, se, se), min_size=1, max_size=6), st.one_of(st.none(), st.floats(0.1, 9)))
 def test_the_table_is_judged_as_its_rows(rows, scale):
     columns = ["ld_model", "ld_ablated", "sufficiency", "necessity", "s_se", "n_se"]

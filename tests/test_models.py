@@ -34,7 +34,6 @@ from circuit_generalization.models import (
     final_logits,
     list_models,
     load_model,
-    micro_gpt2,
     model_hash,
     quiet,
     random_gpt2,
@@ -70,11 +69,6 @@ def folder(tmp_path):
     return save(random_gpt2(), tmp_path / "model")
 
 
-@pytest.fixture
-def no_hub(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-
-
 def refusal(name, **options):
     with pytest.raises(ModelError) as caught:
         load_model(name, **options)
@@ -85,17 +79,17 @@ def refusal(name, **options):
 
 # values computed by hand
 
-def test_micro_model_by_hand():
-    logits = as_bridge(micro_gpt2())(torch.tensor([[0, 1], [2, 1]]))[:, -1]
+def test_micro_model_by_hand(micro):
+    logits = micro(torch.tensor([[0, 1], [2, 1]]))[:, -1]
     # [2, 1]: attention 1/4 on token 2, so z = -1/4, and the stream ends as (-1/2, 2)
     expected = [[6 * ROOT2 / 5, 8 * ROOT2 / 5, -6 * ROOT2 / 5],
                 [-2 * ROOT2 / 17**0.5, 8 * ROOT2 / 17**0.5, 2 * ROOT2 / 17**0.5]]
     torch.testing.assert_close(logits, torch.tensor(expected))
 
 
-def test_final_logits_by_hand_under_padding():
+def test_final_logits_by_hand_under_padding(micro):
     tokens, lengths = torch.tensor([[0, 1, 2, 0], [1, 1, 0, 1]]), torch.tensor([2, 4])
-    logits = final_logits(as_bridge(micro_gpt2()), tokens, lengths)
+    logits = final_logits(micro, tokens, lengths)
     # [1, 1, 0, 1]: attention 1 : 1 : 3 : 1, so z = 1/2, and the stream ends as (1, 2)
     expected = [[6 * ROOT2 / 5, 8 * ROOT2 / 5, -6 * ROOT2 / 5],
                 [2 * ROOT2 / 5**0.5, 4 * ROOT2 / 5**0.5, -2 * ROOT2 / 5**0.5]]
@@ -103,10 +97,9 @@ def test_final_logits_by_hand_under_padding():
 
 
 @pytest.mark.parametrize("hook, x, y", [("attn.hook_z", 0, 2), ("hook_mlp_out", 1.5, 1)])
-def test_final_logits_with_a_part_silenced_by_hand(hook, x, y):
-    model = as_bridge(micro_gpt2())
+def test_final_logits_with_a_part_silenced_by_hand(micro, hook, x, y):
     silenced = [(f"blocks.0.{hook}", lambda value, hook: torch.zeros_like(value))]
-    logits = final_logits(model, torch.tensor([[0, 1]]), fwd_hooks=silenced, token_ids=torch.tensor([1, 0]))
+    logits = final_logits(micro, torch.tensor([[0, 1]]), fwd_hooks=silenced, token_ids=torch.tensor([1, 0]))
     scale = 2 * ROOT2 / (x**2 + y**2) ** 0.5
     torch.testing.assert_close(logits, torch.tensor([[scale * y, scale * x]]))
 

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats as distributions
 
@@ -62,7 +62,6 @@ def brute_force(values, labels, icc):
 # ---- CR2
 
 
-@settings(deadline=None)
 @given(clustered(low=2, values=st.floats(-5, 5)), st.floats(0, 1))
 def test_closed_form_equals_the_matrices(case, icc):
     values, labels = case
@@ -71,7 +70,6 @@ def test_closed_form_equals_the_matrices(case, icc):
     assert satterthwaite_dof(np.bincount(labels), icc) == pytest.approx(dof, rel=1e-9)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=12), st.floats(0, 1))
 def test_degrees_of_freedom_never_exceed_clusters_minus_one(sizes, icc):
     dof = satterthwaite_dof(sizes, icc)
@@ -79,7 +77,6 @@ def test_degrees_of_freedom_never_exceed_clusters_minus_one(sizes, icc):
     assert satterthwaite_dof([7] * len(sizes), icc) == pytest.approx(len(sizes) - 1)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=9, max_size=15))
 def test_equal_clusters_are_the_textbook_t_interval_of_their_means(means):
     assume(np.std(means) > 1e-3)
@@ -124,7 +121,6 @@ def test_wilson_by_hand_when_every_cluster_is_one_prompt():
     assert (interval.low, interval.high) == pytest.approx((centre - half, centre + half))
 
 
-@settings(deadline=None)
 @given(clustered())
 def test_share_interval_is_inside_the_unit_interval_and_never_without_width(case):
     interval = share_interval(*case)
@@ -134,7 +130,6 @@ def test_share_interval_is_inside_the_unit_interval_and_never_without_width(case
     assert interval.n_clusters == len(np.unique(case[1]))
 
 
-@settings(deadline=None)
 @given(clustered())
 def test_share_interval_mirrors_and_ignores_order_and_names(case):
     outcomes, labels = case
@@ -207,7 +202,6 @@ def test_an_interval_prints_as_one_would_write_it():
 # ---- matched pairs
 
 
-@settings(deadline=None)
 @given(clustered(columns=2))
 def test_paired_difference_mirrors_and_stays_in_its_bounds(case):
     a, b, labels = case
@@ -218,7 +212,6 @@ def test_paired_difference_mirrors_and_stays_in_its_bounds(case):
     assert (back.low, back.high) == pytest.approx((-forward.high, -forward.low))
 
 
-@settings(deadline=None)
 @given(clustered(columns=2))
 def test_p_value_and_interval_never_contradict_each_other(case):
     a, b, labels = case
