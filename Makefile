@@ -5,7 +5,7 @@ SHELL := bash
 
 MODEL ?= organism-a
 N ?= 100
-RANDOM_CIRCUITS ?= 19
+RANDOM_CIRCUITS ?= 39
 OUT ?= results/$(MODEL)-ioi
 WORKERS ?= 2
 
