@@ -296,17 +296,20 @@ def run_score(args) -> None:
     print_scores(scores, args.n_random)
     print(f"Wrote {args.out}.")
 
-# %% ../nbs/w09c-command-line.ipynb #855ddb44
+# %% ../nbs/w09c-command-line.ipynb #8349e343
 def run_discover(args) -> None:
     "Discover a circuit; write it as JSON."
     check_file(args.out)
     from circuit_generalization.circuit import save_circuit
     from circuit_generalization.discovery import discover
-    from circuit_generalization.models import quiet
+    from circuit_generalization.models import load_model, quiet
 
     check_model(args.model)
-    with quiet(), progress_bar() as progress: circuit = discover(args.model, args.task, args.n_prompts, args.seed, progress)
-    save_circuit(circuit, args.out)
+    with quiet(), progress_bar() as progress:
+        model = load_model(args.model)
+        circuit = discover(model, args.task, args.n_prompts, args.seed, progress)
+    shape = {key: getattr(model.cfg, key) for key in ("n_layers", "n_heads", "d_model", "parallel_attn_mlp")}
+    save_circuit(circuit, args.out, shape)
     rows = [[n.name, n.role or "", " ".join(n.positions or ("everywhere",)), " ".join(n.attends_to)] for n in circuit.nodes]
     _print_table(f"{circuit.name}: {len(circuit)} components", ["component", "role", "at", "attends to"], rows, ["role", "at", "attends to"])
     print(f"Wrote {args.out}.")

@@ -115,8 +115,9 @@ def test_the_first_name_does_not_tell(kind):
     language, io_first = Language(random.Random(2)), 0
     for _ in range(1500):
         io, (s,), _, at = anatomy(language.ioi(kind))
-        io_first += at[io][0] < at[s][0] if kind != "chain" else at[io][0] < at[s][1]
-    assert 0.45 < io_first / 1500 < 0.55, "IO comes before S as often as after it (in chains, before its second mention)"
+        io_first += at[io][0] < at[s][0]
+    low, high = (0.35, 0.5) if kind == "chain" else (0.45, 0.55)  # 6 of 14 chains open with the IO
+    assert low < io_first / 1500 < high, "IO comes first about as often as S"
 
 
 def test_names_are_many():
