@@ -69,6 +69,7 @@ def test_a_notebook_keeps_no_metadata(path):
         for output in cell.get("outputs", []):
             assert output.get("execution_count") is None and not output.get("metadata")
             assert output["output_type"] != "error"
+            assert output.get("name") != "stderr", "a warning says where it was run: run the notebook without it"
 
 
 def test_there_are_notebooks():
