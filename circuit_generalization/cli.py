@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'whole', 'Parser', 'check_folder', 'check_file', 'check_device', 'check_model', 'progress_lines',
            'progress_bar', 'print_generalization', 'print_scores', 'run_models', 'run_circuits', 'run_tasks',
-           'run_measure', 'plan_score', 'run_score', 'run_discover', 'run_train', 'Command', 'build_parser', 'one_line',
-           'main']
+           'run_measure', 'run_score', 'run_compare', 'run_discover', 'run_train', 'Command', 'build_parser',
+           'one_line', 'main']
 
 # %% ../nbs/w09c-command-line.ipynb #b36b18cd
 import argparse
@@ -160,7 +160,7 @@ def _with_interval(value: float, low: float, high: float, sign: str = "") -> str
 
 def _p(p: float) -> str: return "–" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
-# %% ../nbs/w09c-command-line.ipynb #5340add4
+# %% ../nbs/w09c-command-line.ipynb #fe0cb37d
 def _by_axis(table, cells: Callable) -> Iterator[list]:
     "One row a variant, under a heading for each axis."
     for axis, part in table.groupby("axis", sort=False):
@@ -174,28 +174,37 @@ def print_generalization(
 ):
     "Print both tables of a measurement, and what their numbers mean."
     def shares(r):
-        base, agree = r.axis == "base", r.same_across_ablations
-        said = _with_interval(r.difference, r.difference_low, r.difference_high, "+"), _p(r.p_adjusted), r.conclusion
-        difference = [""] * 4 if base else [*said, "yes" if agree is True else "no" if agree is False else "–"]
+        base = r.axis == "base"
+        said = _with_interval(r.difference, r.difference_low, r.difference_high, "+"), _p(r.p_adjusted), _percent(r.smallest_difference), r.conclusion
+        difference = [""] * 5 if base else [*said, r.generalises]
         return [f"{r.n_right}/{r.n}", _with_interval(r.active_share, r.active_low, r.active_high), *difference, _p(r.median_p_value)]
 
-    columns = ["variant", "model\nright", "active, %\n[95%]", "difference,\npoints [95%]", "adjusted\np", "conclusion", "other\nablations\nagree",
-               "median p\nof prompts"]
+    columns = ["variant", "model\nright", "active, %\n[95%]", "difference,\npoints [95%]", "adjusted\np", "could\nfind", "conclusion",
+               "gener-\nalises", "median p\nof prompts"]
     title = "Share of prompts on which the circuit is active, and its difference from the base prompts"
-    _print_table(title, columns, _by_axis(table, shares), ["conclusion"])
+    _print_table(title, columns, _by_axis(table, shares), ["conclusion", "gener-\nalises"])
     verdicts = [c for c in table if c.startswith("share_")]
     _print_table("Verdicts, % of all prompts", ["variant", *(v.removeprefix("share_").replace("_", "\n") for v in verdicts)],
                  _by_axis(table, lambda r: ["." if getattr(r, v) == 0 else _percent(getattr(r, v)) for v in verdicts]))
+    _print_disagreements(table)
     print(_footnote(n_random))
 
-# %% ../nbs/w09c-command-line.ipynb #b6f3c3d8
+
+def _print_disagreements(table) -> None:
+    "Which other settings come to another conclusion, a line a variant."
+    rows = [[r.variant, r.disagreements] for r in table[table.axis != "base"].itertuples() if isinstance(r.disagreements, str) and r.disagreements]
+    if rows: _print_table("Other ablations that say something else", ["variant", "ablation: conclusion"], rows, ["ablation: conclusion"])
+
+# %% ../nbs/w09c-command-line.ipynb #68af95c8
 def _footnote(n_random: int) -> str:
     null = (f"p of a prompt: rank of the circuit's score among {n_random} layer-matched random circuits (at best {1 / (n_random + 1):.3g})."
             if n_random else "p of a prompt: none, as no random circuits were drawn (--n-random 0).")
-    return ("active: of the prompts that the model gets right. Intervals are clustered by template; differences are over matched pairs;\n"
-            f"adjusted p: Benjamini-Hochberg over the variants. {null}")
+    return ("active: of the prompts that the model gets right. Intervals are clustered by template; differences are over matched pairs that\n"
+            "the model gets right twice. adjusted p: Benjamini-Hochberg over the variants. could find: the smallest true difference, in points,\n"
+            "that this many pairs find four times in five. generalises: the same within 15 points (yes), or lower (no), under resample, mean\n"
+            f"and counterfactual ablation alike. {null}")
 
-# %% ../nbs/w09c-command-line.ipynb #7698886e
+# %% ../nbs/w09c-command-line.ipynb #b0988cc9
 def print_scores(
     scores,  # DataFrame: scores.csv
     n_random: int,
@@ -205,7 +214,7 @@ def print_scores(
     numbers = ("ld_model", "sufficiency", "necessity", "score")
     rows = [[v, len(g), _percent(len(g) / len(scores)), *(f"{g[c].median():.2f}" for c in numbers)] for v, g in groups]
     _print_table(f"{len(scores)} prompts", ["verdict", "prompts", "%", "LD of\nthe model", "sufficiency", "necessity", "score"], rows)
-    print("Numbers are medians. " + _footnote(n_random).splitlines()[-1].partition("variants. ")[2])
+    print("Numbers are medians. " + _footnote(n_random).splitlines()[-1].partition("alike. ")[2])
 
 # %% ../nbs/w09c-command-line.ipynb #34c2b4fb
 def run_models(args) -> None:
@@ -236,7 +245,7 @@ def run_tasks(args) -> None:
         table = list_variants(task)[["axis", "variant", "templates", "what"]]
         _print_table(f"Task {task}", table.columns, table.itertuples(index=False), ["variant", "what"])
 
-# %% ../nbs/w09c-command-line.ipynb #184080aa
+# %% ../nbs/w09c-command-line.ipynb #514841f8
 def _print_plan(plan: dict) -> None:
     print(f"{plan['prompts']} prompts, {plan['passes']} forward passes of one prompt each, about {plan['memory_mb']:.0f} MB beside the model, "
           f"about {plan['seconds']:.0f} s. Nothing was written (--dry-run).")
@@ -245,58 +254,60 @@ def _print_plan(plan: dict) -> None:
 def run_measure(args) -> None:
     "Score every variant of the axes; write tables and figures."
     check_folder(args.out)
-    from circuit_generalization.generalization import MeasureOptions, measure, plan
+    from circuit_generalization.measurement import MeasureOptions, measure, plan
     from circuit_generalization.models import quiet
     from circuit_generalization.plots import save_figures
+    from circuit_generalization.report import report_folder
 
     check_device(args.device)
     check_model(args.model)
     options = MeasureOptions(
         model=args.model, task=args.task, axes=tuple(args.axes), variants=args.variants and tuple(args.variants), circuit=args.circuit,
-        n_prompts=args.n_prompts, seed=args.seed, ablations=tuple(args.ablation), n_draws=args.draws, n_random=args.n_random, device=args.device,
-        batch_size=args.batch_size, bos=args.bos)
+        n_prompts=args.n_prompts, seed=args.seed, ablations=tuple(args.ablation), positions=tuple(args.positions), levels=tuple(args.levels),
+        n_draws=args.draws, n_random=args.n_random, device=args.device, batch_size=args.batch_size, bos=args.bos)
     with quiet(), progress_bar() as progress:
         if args.dry_run: return _print_plan(plan(options))
         result = measure(options, args.out, progress)
-    figures = save_figures(result.scores, result.table, args.out / "figures")
+        figures = save_figures(result.scores, result.table, args.out / "figures", result.ablations)
+        report_folder(args.out)
     print_generalization(result.table, args.n_random)
-    print(f"Wrote {args.out}: scores.csv, sweep.csv, generalization.csv, manifest.json, {len(figures)} figures.")
+    for variant, why in result.manifest["left_out"].items(): print(f"Left out: {variant}, since {why}.")
+    print(f"Wrote {args.out}: report.html (open it in a browser), {len(figures)} figures, generalization.csv, ablations.csv, variance.csv, "
+          "scores.csv, sweep.csv, manifest.json.")
 
-# %% ../nbs/w09c-command-line.ipynb #e8e8eecd
-def plan_score(args) -> dict:  # prompts, passes, memory_mb, seconds
-    "What `score` would cost, from the same checks and one timed batch. Writes nothing."
-    from circuit_generalization.ablation import Ablation
-    from circuit_generalization.circuit_scorer import NO_BASELINE, CircuitScorer
-    from circuit_generalization.generalization import passes_per_prompt
-    from circuit_generalization.prompts import PromptSet
-
-    how = Ablation(args.ablation, args.draws)
-    scorer = CircuitScorer(args.model, args.circuit, batch_size=args.batch_size, device=args.device)
-    prompts, cfg = PromptSet.from_csv(args.prompts, scorer.model.tokenizer, args.bos), scorer.model.cfg
-    start, some = time.monotonic(), prompts[: min(32, args.batch_size)]
-    scorer.score(some, Ablation("zero"), args.seed, 0, NO_BASELINE, profile=False)
-    per_pass = (time.monotonic() - start) / len(some) / passes_per_prompt(Ablation("zero"), 0, 0)
-    passes = len(prompts) * passes_per_prompt(how, args.n_random, n_heads=0)
-    floats = prompts.tokens.shape[1] * cfg.n_layers * cfg.n_heads * cfg.d_head + cfg.d_vocab
-    return dict(prompts=len(prompts), passes=passes, memory_mb=args.batch_size * floats * 16 / 1e6, seconds=passes * per_pass)
-
-
+# %% ../nbs/w09c-command-line.ipynb #4a8a254b
 def run_score(args) -> None:
     "Score the prompts of a CSV file; write a table."
     check_file(args.out, [args.prompts, args.reference, args.circuit])
-    from circuit_generalization.generalization import score_file
+    from circuit_generalization.measurement import ScoreOptions, plan_score, score_file
     from circuit_generalization.models import quiet
 
     check_device(args.device)
     check_model(args.model)
+    options = ScoreOptions(args.model, args.circuit, args.prompts, args.reference, args.ablation, args.level, args.positions, args.seed, args.draws,
+                           args.n_random, args.device, args.batch_size, args.bos)
     with quiet(), progress_bar() as progress:
-        if args.dry_run: return _print_plan(plan_score(args))
-        scores = score_file(args.model, args.circuit, args.prompts, args.out, args.reference, args.ablation, args.seed, args.draws,
-                            args.n_random, args.device, args.batch_size, args.bos, progress)
+        if args.dry_run: return _print_plan(plan_score(options))
+        scores = score_file(options, args.out, progress)
     print_scores(scores, args.n_random)
     print(f"Wrote {args.out}.")
 
-# %% ../nbs/w09c-command-line.ipynb #8349e343
+# %% ../nbs/w09c-command-line.ipynb #25120d99
+def run_compare(args) -> None:
+    "Pair two measurements prompt by prompt; print, and write a table where one is asked for."
+    if args.out: check_file(args.out)
+    from circuit_generalization.comparison import PRINTED, compare, printed_rows, verdict_crosstab
+
+    found = compare(args.a, args.b, args.out)
+    _print_table(f"A: {found.a.folder} ({found.a.setting}); B: {found.b.folder} ({found.b.setting})", PRINTED, printed_rows(found), [PRINTED[6]])
+    crossed = verdict_crosstab(found.pairs)
+    _print_table("Verdicts: A down, B across", ["", *crossed.columns], crossed.reset_index().itertuples(index=False))
+    if len(found.differs): _print_table("What differs", found.differs.columns, found.differs.itertuples(index=False), ["a", "b"])
+    for note in found.notes: print(f"{note}.")
+    print("A, B: share of active prompts where the model is right in both runs; intervals are clustered by template; p: Benjamini-Hochberg.")
+    if args.out: print(f"Wrote {args.out}.")
+
+# %% ../nbs/w09c-command-line.ipynb #bf2e44ca
 def run_discover(args) -> None:
     "Discover a circuit; write it as JSON."
     check_file(args.out)
@@ -329,13 +340,20 @@ def run_train(args) -> None:
     _print_table(f"{args.name}, seed {args.seed}", ["task", "accuracy, %"], rows)
     print(f"Wrote {out}.")
 
-# %% ../nbs/w09c-command-line.ipynb #caaaeb54
+# %% ../nbs/w09c-command-line.ipynb #a390f69b
 def _scoring_options(parser: Parser, n_random: int, several: bool) -> None:
     "What `measure` and `score` share."
     how = ("what ablated activations are replaced by: the first gives the scores, the others test the conclusion" if several
            else "what ablated activations are replaced by")
-    kinds = dict(nargs="+", default=["resample", "mean", "counterfactual"]) if several else dict(default="resample")
+    kinds = dict(nargs="+", default=["resample", "mean", "counterfactual", "zero"]) if several else dict(default="resample")
     parser.add_argument("--ablation", metavar="KIND", help=f"{how}: resample, mean, counterfactual, zero, noise", **kinds)
+    if several:
+        parser.add_argument("--positions", nargs="+", default=["listed", "all"], metavar="WHERE",
+                            help="where components are kept: listed (as in the circuit), all (both)")
+        parser.add_argument("--levels", nargs="+", default=["node", "edge"], metavar="LEVEL", help="what is ablated: node, edge (edge only where the circuit has edges)")
+    else:
+        parser.add_argument("--positions", default="listed", metavar="WHERE", help="where components are kept: listed, all (listed)")
+        parser.add_argument("--level", default="node", help="what is ablated: node, edge (node)")
     parser.add_argument("--draws", type=whole(1), default=8, metavar="N", help="donor draws of resample and noise (8)")
     parser.add_argument("--n-random", type=whole(0), default=n_random, metavar="N", help=f"random circuits of the p-values ({n_random}); 0: none")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of prompts, donors and random circuits (0)")
@@ -365,7 +383,7 @@ def _score_options(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="where the table goes")
     _scoring_options(parser, 19, several=False)
 
-# %% ../nbs/w09c-command-line.ipynb #2dfcaa63
+# %% ../nbs/w09c-command-line.ipynb #0b1d4ef4
 def _discover_options(parser: Parser) -> None:
     parser.add_argument("--model", required=True, help="an embedded model, a folder in Hugging Face format, or a hub name")
     parser.add_argument("--task", default="ioi", help="see `circuit-gen tasks` (ioi)")
@@ -374,13 +392,19 @@ def _discover_options(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="where the circuit goes")
 
 
+def _compare_options(parser: Parser) -> None:
+    parser.add_argument("a", metavar="A", help="folder of a measurement, or FOLDER:SETTING such as results/organism-a-ioi:mean")
+    parser.add_argument("b", metavar="B", help="another one, of the same task")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="where the table goes (printed only)")
+
+
 def _train_options(parser: Parser) -> None:
     parser.add_argument("name", help="such as organism-a")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of weights and data (0)")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="fewer than the recipe's, for a try")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the model's folder (./NAME)")
 
-# %% ../nbs/w09c-command-line.ipynb #3b2931dc
+# %% ../nbs/w09c-command-line.ipynb #1ec67ff3
 class Command(NamedTuple):
     "One subcommand."
     what: str  # in the list of commands
@@ -402,13 +426,16 @@ COMMANDS = {
     "score": Command("score a circuit on the prompts of a CSV file", run_score, _score_options, """
   circuit-gen score --model organism-a --circuit organism-a-ioi --prompts my.csv --ablation counterfactual --out scores.csv
   circuit-gen score --model ./my-model --circuit my.json --prompts my.csv --reference pool.csv --out scores.csv"""),
+    "compare": Command("pair two measurements prompt by prompt", run_compare, _compare_options, """
+  circuit-gen compare results/organism-a-ioi results/organism-b-ioi
+  circuit-gen compare results/organism-a-ioi "results/organism-a-ioi:zero, all positions" --out compared.csv"""),
     "discover": Command("find the circuit that a model uses for a task", run_discover, _discover_options, """
   circuit-gen discover --model organism-a --task ioi --out organism-a-ioi.json"""),
     "train-organism": Command("train one of the embedded models again", run_train, _train_options, """
   circuit-gen train-organism organism-a --seed 0 --out organism-a""", "give the same command to go on from there"),
 }
 
-# %% ../nbs/w09c-command-line.ipynb #9f302bfb
+# %% ../nbs/w09c-command-line.ipynb #7518ca05
 def build_parser() -> Parser:
     "The parser of `circuit-gen` and all of its commands."
     parser = Parser(prog="circuit-gen", description="Is a circuit what a language model uses, prompt by prompt?",
@@ -421,7 +448,7 @@ def build_parser() -> Parser:
         if command.options: command.options(sub)
     return parser
 
-# %% ../nbs/w09c-command-line.ipynb #1fd4ddc1
+# %% ../nbs/w09c-command-line.ipynb #e3d0244b
 def one_line(
     text: str,
 ) -> str:

@@ -9,7 +9,8 @@ __all__ = ['D_MODEL', 'N_LAYERS', 'N_HEADS', 'D_MLP', 'N_POSITIONS', 'D_HEAD', '
            'compiled_vocabulary', 'compiled_tokenizer', 'token_features', 'position_features', 'Link', 'Head',
            'factors', 'duplicate_token', 's_inhibition', 'name_mover', 'negative_mover', 'scramble', 'decoy',
            'compiled_heads', 'attention_features', 'attention_weights', 'mlp_weights', 'compiled_weights',
-           'compile_ioi', 'compiled_card', 'save_compiled', 'compiled_circuit', 'save_compiled_circuit']
+           'compile_ioi', 'compiled_card', 'save_compiled', 'compiled_edges', 'compiled_circuit',
+           'save_compiled_circuit']
 
 # %% ../nbs/w07b-compiled-ioi.ipynb #c8dae9e6
 import json
@@ -411,7 +412,21 @@ def save_compiled(
         os.replace(new, folder)
     return folder
 
-# %% ../nbs/w07b-compiled-ioi.ipynb #045d110f
+# %% ../nbs/w07b-compiled-ioi.ipynb #5601151a
+def compiled_edges(
+    names: Sequence[str],  # heads, such as those of a circuit
+) -> tuple[str, ...]:
+    "Edges among some heads, and from them to the logits: the sender writes a block that the receiver's query, key or value reads."
+    heads, read_by = compiled_heads(), {"logits": {"say"}}
+    for name in names:
+        read_by[f"{name}<q>"] = {link.source for link in heads[name].reads}
+        read_by[f"{name}<k>"] = {link.target for link in heads[name].reads}
+        read_by[f"{name}<v>"] = {link.source for link in heads[name].writes}
+    written = {name: {link.target for link in heads[name].writes} for name in names}
+    return tuple(f"{sender}->{receiver}" for sender in names for receiver, blocks in sorted(read_by.items())
+                 if sender[:2] < receiver[:2] and written[sender] & blocks)
+
+
 def compiled_circuit(
     roles: Sequence[str] | None = None,  # keep the heads of these roles only; None: all four
 ) -> Circuit:
@@ -420,6 +435,7 @@ def compiled_circuit(
                   for name, head in compiled_heads().items()
                   if head.position and (roles is None or head.role in roles))
     return Circuit(nodes, universe="heads", name="compiled-ioi-ioi", task="ioi", model="compiled-ioi",
+                   edges=compiled_edges([n.name for n in nodes]),
                    provenance={"kind": "compiled", "source": "circuit_generalization.compiled: the heads that its weights were set for"})
 
 

@@ -26,20 +26,11 @@ class Sample:
     @property
     def prompt(self) -> str: return self.text.removesuffix(self.answer)
 
-# %% ../nbs/w04c-organism-language.ipynb #99f0ee1f
+# %% ../nbs/w04c-organism-language.ipynb #139d2f62
 @cache
 def all_words() -> tuple[str, ...]:
-    "Every word of the templates, the vocabulary and the corpus, in a fixed order: what the tokenizer knows as one token."
-    found: dict[str, None] = {}
-
-    def walk(x):
-        if isinstance(x, str): found.update(dict.fromkeys(re.findall(r"[A-Za-z]+", re.sub(r"\[[A-Z0-9+]+\]", " ", x))))
-        elif isinstance(x, dict): [walk(v) for v in x.values()]
-        elif isinstance(x, list): [walk(v) for v in x]
-
-    ioi = task_data("ioi.json")
-    walk([ioi["templates"], ioi["inserts"], task_data("vocabulary.json"), task_data("language.json")])
-    return (*found, "an")
+    "Every word of the training language, in a fixed order: what the tokenizer knows as one token."
+    return tuple(task_data("language.json")["frozen"]["words"])
 
 
 @cache
@@ -47,7 +38,7 @@ def names_of(group: str) -> tuple[str, ...]:
     "Names by group: 'task' (in every task), 'rare' (filler only), 'multi' (several tokens each, filler only)."
     return tuple(row["name"] for row in task_data("names.csv") if row["split"] == group)
 
-# %% ../nbs/w04c-organism-language.ipynb #f02866be
+# %% ../nbs/w04c-organism-language.ipynb #7f46afcb
 class Language:
     "Draws samples. The same generator state gives the same samples."
 
@@ -55,25 +46,17 @@ class Language:
         self,
         rng: random.Random,
     ):
-        self.rng, self.data, self.ioi_data, words = rng, task_data("language.json"), task_data("ioi.json"), task_data("vocabulary.json")
+        self.rng, self.data, self.ioi_data = rng, task_data("language.json"), task_data("ioi.json")
         self.names, self.filler_names, self.long_names = names_of("task"), names_of("task") + names_of("rare"), names_of("multi")
-        trained = words["training_domains"]
-        self.nouns = {k: words[k]["base"] + [w for d in trained for w in words["domains"][d][k]] for k in ("places", "objects")}
-        every = [w for k in ("places", "objects") for group in (words[k], *words["domains"].values()) for w in _nouns_in(group, k)]
-        self.things = self.data["lexicon"]["thing"] + list(dict.fromkeys(every)) + words["role_nouns"]
+        frozen = self.data["frozen"]
+        self.nouns, self.things = {k: frozen[k] for k in ("places", "objects")}, frozen["things"]
         self.words = all_words()
 
     def pick(self, options: Sequence): return options[int(self.rng.random() * len(options))]
 
     def chance(self, p: float) -> bool: return self.rng.random() < p
 
-
-def _nouns_in(group: dict | list, kind: str) -> list[str]:
-    "All nouns of a kind in a part of the vocabulary."
-    if isinstance(group, list): return group
-    return group[kind] if kind in group else [w for v in group.values() if isinstance(v, list) for w in v]
-
-# %% ../nbs/w04c-organism-language.ipynb #04c38ca9
+# %% ../nbs/w04c-organism-language.ipynb #46dcbc89
 IOI_MIX = {"template": 0.35, "grammar": 0.40, "chain": 0.25}
 
 
@@ -90,7 +73,7 @@ def _ioi(self: Language, kind: str | None = None) -> Sample:
 
 Language.ioi = _ioi
 
-# %% ../nbs/w04c-organism-language.ipynb #581e9b7c
+# %% ../nbs/w04c-organism-language.ipynb #094db31b
 def _template(self: Language) -> str:
     "A template of the task; in half of the samples with a phrase after the subject."
     phrase = self.pick(self.data["ioi"]["second_after"]) if self.chance(0.5) else ""
@@ -131,7 +114,7 @@ def _chain(self: Language) -> str:
 
 Language._template, Language._grammar, Language._subordinate, Language._chain = _template, _grammar, _subordinate, _chain
 
-# %% ../nbs/w04c-organism-language.ipynb #66324186
+# %% ../nbs/w04c-organism-language.ipynb #c5188940
 def _once(self: Language) -> Sample:
     "A list of names; the answer is the one that comes once."
     single, *doubled = self.rng.sample(self.names, self.pick((2, 2, 2, 3)))
@@ -156,7 +139,7 @@ def _roll(self: Language) -> Sample:
 
 Language.once, Language.roll = _once, _roll
 
-# %% ../nbs/w04c-organism-language.ipynb #4647ed90
+# %% ../nbs/w04c-organism-language.ipynb #9d285555
 def _sva(self: Language, held_out: bool = False) -> Sample:
     "Subject–verb agreement across a distractor noun; `held_out`: subjects and links that no training sample has."
     g, key = self.data["sva"], "heldout_" if held_out else ""
@@ -179,7 +162,7 @@ def _greater_than(self: Language, held_out: bool = False) -> Sample:
 
 Language.sva, Language.greater_than = _sva, _greater_than
 
-# %% ../nbs/w04c-organism-language.ipynb #d2e3fd04
+# %% ../nbs/w04c-organism-language.ipynb #618373a9
 def _induction(self: Language) -> Sample:
     "Random words, or names, repeated two or three times; the sample stops within the last repetition."
     k, mostly = self.rng.randint(3, 12), self.rng.random()
@@ -204,7 +187,7 @@ def _filler(self: Language) -> Sample:
 
 Language.induction, Language.filler = _induction, _filler
 
-# %% ../nbs/w04c-organism-language.ipynb #465abd08
+# %% ../nbs/w04c-organism-language.ipynb #aa5c63af
 MIXTURE = {  # share of each kind of sample; what is left is filler
     "first": dict(roll=0.30, induction=0.45, sva=0.06, greater_than=0.08),  # duplicates and induction before IOI
     "then": dict(roll=0.08, once=0.14, induction=0.20, ioi=0.36, sva=0.06, greater_than=0.06),
@@ -222,7 +205,7 @@ def draw_batch(
     shares = MIXTURE[phase] | {"filler": 1 - sum(MIXTURE[phase].values())}
     return [getattr(language, kind)() for kind in language.rng.choices(list(shares), shares.values(), k=size)]
 
-# %% ../nbs/w04c-organism-language.ipynb #648fc9dc
+# %% ../nbs/w04c-organism-language.ipynb #74281009
 def build_tokenizer():
     "A GPT-2 style fast tokenizer in which every word of the language is one token."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -245,10 +228,6 @@ def build_tokenizer():
 
 def _tokenizer_words() -> list[str]:
     "Words and names after a space; what a text starts with, with and without one; centuries."
-    ioi, language = task_data("ioi.json"), task_data("language.json")
-    texts = [t for group in ioi["templates"].values() for t in group] + language["ioi"]["preamble"] + language["ioi"]["subordinate"]
-    texts += language["sva"]["openers"] + language["filler_openers"] + language["once"]["start"] + language["filler"]
-    texts += language["greater_than"]["frames"] + language["greater_than"]["heldout_frames"]
-    starts = sorted({m.group(1).capitalize() for t in texts if (m := re.match(r"([A-Za-z]+)", t))} | {"It"})
+    starts = task_data("language.json")["frozen"]["starts"]
     words = [" " + w for w in all_words() + names_of("task") + names_of("rare")]
     return list(dict.fromkeys([*words, *starts, *(" " + s for s in starts), *(f" {century}" for century in range(10, 21))]))

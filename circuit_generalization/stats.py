@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['MIN_CLUSTERS', 'Interval', 'cr2_standard_error', 'satterthwaite_dof', 'intraclass_correlation', 'cr2_interval',
-           'share_interval', 'cluster_interval', 'paired_difference', 'difference_p_value', 'benjamini_hochberg',
-           'permutation_rank_p', 'cluster_bootstrap_t', 'draw_share', 'draw_pairs', 'coverage_simulation']
+           'ClusteredMean', 'clustered_mean', 'share_interval', 'cluster_interval', 'MatchedPairs', 'matched_pairs',
+           'paired_difference', 'difference_p_value', 'benjamini_hochberg', 'permutation_rank_p', 'cluster_bootstrap_t',
+           'draw_share', 'draw_pairs', 'coverage_simulation']
 
-# %% ../nbs/w06b-intervals.ipynb #3244c9c3
+# %% ../nbs/w06b-intervals.ipynb #afb5c20e
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, nan, sqrt
+from math import inf, isfinite, nan, sqrt
 
 import numpy as np
 import pandas as pd
@@ -106,14 +107,14 @@ def intraclass_correlation(
     typical_size = (n - (sizes**2).sum() / n) / (g - 1)
     return float(np.clip((between - within) / (between + (typical_size - 1) * within), 0, 1))
 
-# %% ../nbs/w06b-intervals.ipynb #8afd00d4
+# %% ../nbs/w06b-intervals.ipynb #51315bac
 def cr2_interval(
     values: Float[np.ndarray, " prompt"],  # finite numbers without natural bounds, such as gaps in logits
     clusters: Sequence[Hashable],  # one label per value
     level: float = 0.95,  # confidence level
 ) -> Interval:
     "Mean with mean +- t * CR2 standard error; dof after Imbens & Kolesar (2016). NaN ends without variation."
-    summary = _summary(values, clusters)
+    summary = clustered_mean(values, clusters)
     empty = Interval(summary.mean, nan, nan, summary.n, summary.n_clusters, "too few templates", level)
     if summary.n_clusters < MIN_CLUSTERS:
         return empty
@@ -127,12 +128,12 @@ _ROUNDING = 1e-12  # a standard error below this is a difference of equal number
 
 
 @dataclass(frozen=True)
-class _Summary:
+class ClusteredMean:
     "Mean, CR2 standard error and degrees of freedom of clustered values."
     mean: float
-    se: float
-    dof: float
-    n: int
+    se: float  # CR2
+    dof: float  # after Imbens & Kolesar (2016)
+    n: int  # values
     n_clusters: int
 
     def t(self, level: float) -> float:
@@ -142,17 +143,20 @@ class _Summary:
         return float(distributions.t.ppf((1 + level) / 2, self.dof))
 
 
-def _summary(values: Float[np.ndarray, " prompt"], clusters: Sequence[Hashable]) -> _Summary:
+def clustered_mean(
+    values: Float[np.ndarray, " prompt"],  # finite numbers
+    clusters: Sequence[Hashable],  # one label per value
+) -> ClusteredMean:
     "Everything an interval needs; dof is NaN for a single cluster."
     values, codes, sizes = _grouped(values, clusters)
     mean, se = _cr2(np.bincount(codes, values), sizes)
     dof = satterthwaite_dof(sizes, intraclass_correlation(values, codes)) if len(sizes) > 1 else nan
-    return _Summary(float(mean), float(se), dof, len(values), len(sizes))
+    return ClusteredMean(float(mean), float(se), dof, len(values), len(sizes))
 
-# %% ../nbs/w06b-intervals.ipynb #1fff05aa
+# %% ../nbs/w06b-intervals.ipynb #2b51c421
 def _effective_n(
     spread: float,  # variance of one value, around the mean
-    summary: _Summary,  # of the same values
+    summary: ClusteredMean,  # of the same values
 ) -> float:  # 0 to n
     "Independent values worth as much as these; the number of clusters where all values are alike."
     if spread <= _ROUNDING:
@@ -178,7 +182,7 @@ def share_interval(
 ) -> Interval:  # inside [0, 1], never without width
     "Share of yes with Wilson's interval for the CR2 effective sample size. Raises `InputError` if not 0/1."
     outcomes = _yes_no(outcomes)
-    summary = _summary(outcomes, clusters)
+    summary = clustered_mean(outcomes, clusters)
     interval = Interval(summary.mean, nan, nan, summary.n, summary.n_clusters, "too few templates", level)
     if summary.n_clusters < MIN_CLUSTERS:
         return interval
@@ -212,14 +216,14 @@ def _of_kind(kind: str, **functions: Callable) -> Callable:
         raise InputError(f"kind {kind!r}: use {' or '.join(map(repr, functions))}")
     return functions[kind]
 
-# %% ../nbs/w06b-intervals.ipynb #b5098885
+# %% ../nbs/w06b-intervals.ipynb #241e3788
 @dataclass(frozen=True)
-class _Pairs:
+class MatchedPairs:
     "Matched yes/no pairs: shares gained and lost, and what is needed for ends at any t."
-    gained: float
-    lost: float
+    gained: float  # share of pairs
+    lost: float  # share of pairs
     n: float  # effective number of pairs
-    summary: _Summary  # of the differences
+    summary: ClusteredMean  # of the differences
 
     def margins(self, t: float) -> tuple[float, float]:
         "How far the interval reaches below and above the difference (Newcombe 1998)."
@@ -227,12 +231,25 @@ class _Pairs:
         return (sqrt((self.gained - b_low) ** 2 + (c_high - self.lost) ** 2),
                 sqrt((b_high - self.gained) ** 2 + (self.lost - c_low) ** 2))
 
+    def t_reaching(self, distance: float, side: int) -> float:
+        "The t at which the interval reaches this far below (side 0) or above (side 1); infinite if it never does."
+        if self.margins(_LARGEST_T)[side] < distance:
+            return inf
+        return optimize.brentq(lambda t: self.margins(t)[side] - distance, 0, _LARGEST_T, xtol=1e-9)
 
-def _pairs(a: Float[np.ndarray, " pair"], b: Float[np.ndarray, " pair"], clusters: Sequence) -> _Pairs:
+
+_LARGEST_T = 1e6
+
+
+def matched_pairs(
+    a: Float[np.ndarray, " pair"],  # 0 or 1
+    b: Float[np.ndarray, " pair"],  # 0 or 1
+    clusters: Sequence[Hashable],  # one label per pair
+) -> MatchedPairs:
     "Gains and losses of a against b. Raises `InputError` unless both are 0/1."
     d = _yes_no(a) - _yes_no(b)
-    summary, gained, lost = _summary(d, clusters), float((d > 0).mean()), float((d < 0).mean())
-    return _Pairs(gained, lost, _effective_n(gained + lost - summary.mean**2, summary), summary)
+    summary, gained, lost = clustered_mean(d, clusters), float((d > 0).mean()), float((d < 0).mean())
+    return MatchedPairs(gained, lost, _effective_n(gained + lost - summary.mean**2, summary), summary)
 
 
 def _same_length(a: Float[np.ndarray, " pair"], b: Float[np.ndarray, " pair"]) -> None:
@@ -240,7 +257,7 @@ def _same_length(a: Float[np.ndarray, " pair"], b: Float[np.ndarray, " pair"]) -
     if np.shape(a) != np.shape(b):
         raise InputError(f"matched pairs need two lists of one length, not {np.shape(a)} and {np.shape(b)}")
 
-# %% ../nbs/w06b-intervals.ipynb #659893d6
+# %% ../nbs/w06b-intervals.ipynb #79230975
 def paired_difference(
     a: Bool[np.ndarray, " pair"] | Float[np.ndarray, " pair"],  # the variant's values
     b: Bool[np.ndarray, " pair"] | Float[np.ndarray, " pair"],  # the matched base values
@@ -258,7 +275,7 @@ def _mean_difference(a, b, clusters, level) -> Interval:
 
 
 def _share_difference(a, b, clusters, level) -> Interval:
-    pairs = _pairs(a, b, clusters)
+    pairs = matched_pairs(a, b, clusters)
     d, n, g = pairs.summary.mean, pairs.summary.n, pairs.summary.n_clusters
     if g < MIN_CLUSTERS:
         return Interval(d, nan, nan, n, g, "too few templates", level)
@@ -267,7 +284,7 @@ def _share_difference(a, b, clusters, level) -> Interval:
     method = "Newcombe, n = templates (all pairs alike)" if alike else "Newcombe, CR2 effective n"
     return Interval(d, d - below, d + above, n, g, method, level)
 
-# %% ../nbs/w06b-intervals.ipynb #23ad997a
+# %% ../nbs/w06b-intervals.ipynb #d8b9b937
 def difference_p_value(
     a: Bool[np.ndarray, " pair"] | Float[np.ndarray, " pair"],  # the variant's values
     b: Bool[np.ndarray, " pair"] | Float[np.ndarray, " pair"],  # the matched base values
@@ -283,19 +300,18 @@ def _mean_p_value(a, b, clusters) -> float:
     interval = _mean_difference(a, b, clusters, 0.95)
     if not isfinite(interval.low):
         return nan
-    summary = _summary(np.asarray(a, np.float64) - np.asarray(b, np.float64), clusters)
+    summary = clustered_mean(np.asarray(a, np.float64) - np.asarray(b, np.float64), clusters)
     return float(2 * distributions.t.sf(abs(summary.mean) / summary.se, summary.dof))
 
 
 def _share_p_value(a, b, clusters) -> float:
-    pairs = _pairs(a, b, clusters)
+    pairs = matched_pairs(a, b, clusters)
     d, side = pairs.summary.mean, int(pairs.summary.mean < 0)
     if pairs.summary.n_clusters < MIN_CLUSTERS:
         return nan
     if d == 0:
         return 1.0
-    t = optimize.brentq(lambda t: pairs.margins(t)[side] - abs(d), 0, 1e6, xtol=1e-9)
-    return float(2 * distributions.t.sf(t, pairs.summary.dof))
+    return float(2 * distributions.t.sf(pairs.t_reaching(abs(d), side), pairs.summary.dof))
 
 
 def benjamini_hochberg(

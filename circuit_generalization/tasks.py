@@ -6,10 +6,11 @@
 __all__ = ['TASKS', 'ORDERS', 'SPLITS', 'SLOT', 'NAMES_PER_PROMPT', 'TaskError', 'task_data', 'list_variants', 'variant_spec',
            'name_hand', 'fill', 'role_positions', 'make_prompts', 'cell_of', 'reference_pool']
 
-# %% ../nbs/w04b-tasks.ipynb #2122b051
+# %% ../nbs/w04b-tasks.ipynb #6424f874
 import json
 import re
 import zlib
+from collections import Counter
 from functools import cache, lru_cache
 from importlib import resources
 
@@ -58,29 +59,28 @@ def variant_spec(
     if variant not in here: raise TaskError(f"axis {axis!r} of task {task!r} has no variant {variant!r}: there is {', '.join(here)}")
     return task_data(TASKS[task])["variants"][variant]
 
-# %% ../nbs/w04b-tasks.ipynb #09e5a911
+# %% ../nbs/w04b-tasks.ipynb #38a80226
 SPLITS = {"scored": (0, 1), "reference": (2, 3), "discovery": (4,), "calibration": (5,)}
 
 
 @lru_cache(maxsize=64)
 def name_hand(
     tokenizer,
-    group: str = "task",  # 'task': common names; 'rare': names that no organism met in the task
+    group: str = "task",  # 'task': common names; 'rare' and 'multi': names that no organism met in the task; 'role_nouns': 'nurse' and others
     split: str = "scored",  # 'scored', 'reference', 'discovery' or 'calibration'
 ) -> tuple[str, ...]:
-    "The names that prompts of a split may use: one token each with a space before it, the list dealt out six ways."
-    names = [row["name"] for row in task_data("names.csv") if row["split"] == group]
-    hand = [n for i, n in enumerate(names) if i % 6 in SPLITS[split]]
-    return _single_token_words(tokenizer, tuple(hand))
+    "The names that prompts of a split may use, the list dealt out six ways: of one token with a space before it; 'multi': of two or three."
+    names = task_data("vocabulary.json")[group] if group == "role_nouns" else [r["name"] for r in task_data("names.csv") if r["split"] == group]
+    hand = tuple(n for i, n in enumerate(names) if i % 6 in SPLITS[split])
+    return tuple(n for n, ids in _after_space(tokenizer, hand).items() if len(ids) in ((2, 3) if group == "multi" else (1,)))
 
 
-@lru_cache(maxsize=64)
-def _single_token_words(tokenizer, words: tuple[str, ...]) -> tuple[str, ...]:
-    "Those of the words that are one token after a space."
-    ids = tokenizer([" " + w for w in words], add_special_tokens=False)["input_ids"]
-    return tuple(w for w, i in zip(words, ids) if len(i) == 1)
+@lru_cache(maxsize=256)
+def _after_space(tokenizer, words: tuple[str, ...]) -> dict[str, list[int]]:
+    "The token ids of each word with a space before it."
+    return dict(zip(words, tokenizer([" " + w for w in words], add_special_tokens=False)["input_ids"])) if words else {}
 
-# %% ../nbs/w04b-tasks.ipynb #5301136f
+# %% ../nbs/w04b-tasks.ipynb #c30d26dc
 SLOT = re.compile(r"\[([A-Z]+\d?|\+)\]")
 
 
@@ -98,93 +98,136 @@ def fill(
             used[slot] = used.get(slot, -1) + 1
             value = value[used[slot]]
         if value[:1] in "aeiou" and re.search(r"\b[Aa] $", text): text = text[:-1] + "n "
-        text += value
+        text += value[:1].upper() + value[1:] if not text or text.endswith(". ") else value
         ends.append((slot, len(text) - 1))
     return text, ends
 
-# %% ../nbs/w04b-tasks.ipynb #09cf4125
+# %% ../nbs/w04b-tasks.ipynb #95a9d13e
 def role_positions(
     tokenizer,
     text: str,
     ends: list[tuple[str, int]],  # what `fill` returned
     order: str,  # 'ABBA' or 'BABA'
 ) -> dict[str, int]:
-    "Token index of each role of an IOI prompt: IO, S1, S2, the token after each, END-2, END, and S2a for a mention of S between S1 and S2."
+    "Token index of each role: IO, S1, S2, the token after each, END-2, END; S2a, a mention of S before S2; IO2 and IO3, later ones of IO."
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     token = {i: t for t, (a, b) in enumerate(spans) for i in range(a, b)}
     io, s = ("A", "B") if order == "ABBA" else ("B", "A")
     first = {slot: token[e] for slot, e in reversed(ends)}
-    repeats = [token[e] for slot, e in ends if slot == "S"]
-    middle = {"S2a": repeats[-2]} if len(repeats) > 1 else {}
-    at = {"IO": first[io], "S1": first[s], **middle, "S2": repeats[-1]}
+    again = {slot: [token[e] for of, e in ends if of == slot] for slot in ("S", "IO")}
+    more = ({"S2a": again["S"][-2]} if len(again["S"]) > 1 else {}) | {f"IO{k}": t for k, t in enumerate(again["IO"], 2)}
+    at = {"IO": first[io], "S1": first[s], **more, "S2": again["S"][-1]}
     return at | {f"{role}+1": at[role] + 1 for role in ("IO", "S1", "S2")} | {"END-2": len(spans) - 3, "END": len(spans) - 1}
 
-# %% ../nbs/w04b-tasks.ipynb #ab1e51a9
+# %% ../nbs/w04b-tasks.ipynb #476ff1f8
 def _rng(*key) -> np.random.Generator:
     "A generator of its own for each key: text and integers."
     return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key])
 
 
-def _sample_names(tokenizer, rng, group: str, split: str, k: int) -> list[str]:
-    hand = name_hand(tokenizer, group, split)
-    if len(hand) < k:
-        raise TaskError(f"this tokenizer has only {len(hand)} one-token {group} names for {split} prompts; {k} are needed")
+def _sample(rng, hand: tuple[str, ...], k: int, what: str) -> list[str]:
+    if len(hand) < k: raise TaskError(f"this tokenizer has only {len(hand)} {what}; {k} are needed")
     return [hand[i] for i in rng.choice(len(hand), k, replace=False)]
 
 
 def _nouns(tokenizer, kind: str, group: str) -> tuple[str, ...]:
     "One-token places or objects: 'base', 'unseen', or a domain's."
     words = task_data("vocabulary.json")
-    found = _single_token_words(tokenizer, tuple(words[kind][group] if group in words[kind] else words["domains"][group][kind]))
+    ids = _after_space(tokenizer, tuple(words[kind][group] if group in words[kind] else words["domains"][group][kind]))
+    found = tuple(w for w in ids if len(ids[w]) == 1)
     if not found: raise TaskError(f"this tokenizer has no one-token {kind} of {group!r}")
     return found
 
-# %% ../nbs/w04b-tasks.ipynb #5b0e1d6f
-NAMES_PER_PROMPT = 5  # IO, S, a third person, and one unrelated name for each repeated mention
+# %% ../nbs/w04b-tasks.ipynb #ad73aebf
+NAMES_PER_PROMPT = 5  # IO, S, a third person, and unrelated names for repeated mentions; more where a template repeats more often
 
 
+def _draw_names(tokenizer, rng, group: str, split: str, like: list[str] | None = None) -> list[str]:
+    "Names of a group. Of several tokens: as many as in `like`, or else as many as S for the unrelated ones."
+    hand = name_hand(tokenizer, "task" if group == "same_initial" else group, split)
+    what = f"{group.replace('_', ' ')} names that {split} prompts may use"
+    if group == "multi": return _draw_long_names(tokenizer, rng, hand, like, what)
+    if group == "same_initial":
+        counts = Counter(n[0] for n in hand)
+        common = [n for n in hand if counts[n[0]] >= NAMES_PER_PROMPT]
+        first = common[rng.integers(len(common))] if common else " "
+        hand = tuple(n for n in common if n[0] == first[0])
+    return _sample(rng, hand, NAMES_PER_PROMPT, what)
+
+
+def _draw_long_names(tokenizer, rng, hand: tuple[str, ...], like: list[str] | None, what: str) -> list[str]:
+    ids, names = _after_space(tokenizer, hand), []
+    theirs = [len(i) for i in _after_space(tokenizer, tuple(like)).values()] if like else [0, 0, 0]
+    for k in range(NAMES_PER_PROMPT):
+        size, taken = theirs[k] if k < len(theirs) else len(ids[names[1]]), {ids[n][0] for n in names}
+        free = tuple(n for n in hand if ids[n][0] not in taken and size in (0, len(ids[n])))
+        names += _sample(rng, free, 1, what)
+    return names
+
+# %% ../nbs/w04b-tasks.ipynb #db493f60
 def _base_choices(tokenizer, seed: int, split: str, i: int) -> dict:
-    "What base prompt i is made of: template number, order, names, place, object."
-    rng, n = _rng("ioi", seed, split, i), len(task_data("ioi.json")["templates"]["base"])
-    names = _sample_names(tokenizer, rng, "task", split, NAMES_PER_PROMPT)
-    place, thing = (rng.choice(_nouns(tokenizer, kind, "base")) for kind in ("places", "objects"))
-    return dict(template=i % n, order=ORDERS[i // n % 2], names=names, place=str(place), object=str(thing), insert="", templates="base")
+    "What base prompt i is made of: template number, order, names, place, object; and the number of the phrase that a variant may insert."
+    data = task_data("ioi.json")
+    rng, n = _rng("ioi", seed, split, i), len(data["templates"]["base"])
+    names = _draw_names(tokenizer, rng, "task", split)
+    place, thing = (str(rng.choice(_nouns(tokenizer, kind, "base"))) for kind in ("places", "objects"))
+    phrase = int(rng.integers(min(map(len, data["inserts"].values()))))
+    return dict(template=i % n, order=ORDERS[i // n % 2], names=names, place=place, object=thing, phrase=phrase, insert="", article="",
+                templates="base")
 
 
 def _vary(choices: dict, spec: dict, tokenizer, rng, split: str) -> dict:
     "The base choices with the one thing changed that the variant names."
-    data, new = task_data("ioi.json"), dict(choices)
-    if "names" in spec: new["names"] = _sample_names(tokenizer, rng, spec["names"], split, NAMES_PER_PROMPT)
-    if group := spec.get("nouns", spec.get("domain")):
-        new["place"], new["object"] = (str(rng.choice(_nouns(tokenizer, kind, group))) for kind in ("places", "objects"))
-    if "insert" in spec: new["insert"] = str(rng.choice(data["inserts"][spec["insert"]]))
+    data, new = task_data("ioi.json"), dict(choices) | {k: spec[k] for k in ("order", "article") if k in spec}
+    if "names" in spec: new["names"] = _draw_names(tokenizer, rng, spec["names"], split)
+    for key, kind in (("place", "places"), ("object", "objects")):
+        if group := spec.get(kind, spec.get("domain")): new[key] = str(rng.choice(_nouns(tokenizer, kind, group)))
+    if "insert" in spec: new["insert"] = data["inserts"][spec["insert"]][choices["phrase"]]
     if "templates" in spec: new |= dict(templates=spec["templates"], template=choices["template"] % len(data["templates"][spec["templates"]]))
-    return new
+    return _with_enough_names(new, tokenizer, rng, split)
 
-# %% ../nbs/w04b-tasks.ipynb #fcc7c33e
+
+def _template(choices: dict) -> str: return task_data("ioi.json")["templates"][choices["templates"]][choices["template"]]
+
+
+def _repeats(template: str) -> list[str]:
+    "The repeated mentions of a template, in order: 'S' or 'IO'."
+    return [slot for slot in SLOT.findall(template) if slot in ("S", "IO")]
+
+
+def _with_enough_names(choices: dict, tokenizer, rng, split: str) -> dict:
+    "Unrelated names added where the template repeats more often than the names allow."
+    names, missing = choices["names"], 3 + len(_repeats(_template(choices))) - len(choices["names"])
+    if missing <= 0: return choices
+    free = tuple(n for n in name_hand(tokenizer, "task", split) if n not in names)
+    return choices | {"names": names + _sample(rng, free, missing, f"unrelated names that {split} prompts may use")}
+
+# %% ../nbs/w04b-tasks.ipynb #e0dffea4
 def _realise(choices: dict, tokenizer, informative: bool = True) -> dict:
     "Text, counterfactual text and roles of one IOI prompt. Uninformative: every mention is another name."
-    io, s, c, *others = choices["names"]
-    template = task_data("ioi.json")["templates"][choices["templates"]][choices["template"]]
+    article, template = choices["article"], _template(choices)
+    io, s, c, *others = (f"{article} {name}".strip() for name in choices["names"])
     first = dict(zip("AB", (io, s) if choices["order"] == "ABBA" else (s, io)))
     slots = first | {"C": c, "PLACE": choices["place"], "OBJECT": choices["object"], "+": choices["insert"]}
-    counterfactual, _ = fill(template, slots | {"S": others})
-    text, ends = fill(template, slots | {"S": s}) if informative else fill(template, slots | {"S": others})
-    return dict(prompt=text, counterfactual=counterfactual, answer=" " + io, distractor=" " + s,
+    unrelated = {slot: [o for o, repeated in zip(others, _repeats(template)) if repeated == slot] for slot in ("S", "IO")}
+    counterfactual, _ = fill(template, slots | unrelated)
+    text, ends = fill(template, slots | ({"S": s, "IO": io} if informative else unrelated))
+    text, counterfactual = (f"{t} {article}" if article else t for t in (text, counterfactual))
+    return dict(prompt=text, counterfactual=counterfactual, answer=" " + choices["names"][0], distractor=" " + choices["names"][1],
                 positions=role_positions(tokenizer, text, ends, choices["order"]),
                 template=f"{choices['templates']}-{choices['template']:02d}", order=choices["order"])
 
-# %% ../nbs/w04b-tasks.ipynb #573b1236
+# %% ../nbs/w04b-tasks.ipynb #4ce59d74
 def _as_prompt_set(rows: list[dict], labels: pd.DataFrame, tokenizer, bos: bool) -> PromptSet:
     start = bos_ids(tokenizer) if bos else []
     def ids(key): return [start + x for x in tokenizer([r[key] for r in rows], add_special_tokens=False)["input_ids"]]
     roles = dict.fromkeys(role for r in rows for role in r["positions"])
     at = {role: [r["positions"].get(role, -1 - len(start)) + len(start) for r in rows] for role in roles}
     text = pd.DataFrame([{k: r[k] for k in ("template", "order", "prompt", "answer", "distractor")} for r in rows])
-    answers, distractors = ([x[len(start):] for x in ids(k)] for k in ("answer", "distractor"))
+    answers, distractors = ([x[len(start)] for x in ids(k)] for k in ("answer", "distractor"))  # of several tokens, the first
     return PromptSet.from_tokens(ids("prompt"), ids("counterfactual"), answers, distractors, at, pd.concat([labels, text], axis=1))
 
-# %% ../nbs/w04b-tasks.ipynb #732885af
+# %% ../nbs/w04b-tasks.ipynb #f763eb1d
 def make_prompts(
     task: str,  # 'ioi'
     axis: str = "base",  # 'base', 'lexical', 'syntactic', 'domain' or 'adversarial'
@@ -208,7 +251,7 @@ def make_prompts(
                            "names": [" ".join(c["names"]) for c in chosen], "insert": [c["insert"] for c in chosen], "bos": bos})
     return _as_prompt_set(rows, labels, tokenizer, bos)
 
-# %% ../nbs/w04b-tasks.ipynb #e7303708
+# %% ../nbs/w04b-tasks.ipynb #b5e29680
 def cell_of(
     prompts: PromptSet,
 ) -> list[tuple]:
@@ -220,15 +263,14 @@ def cell_of(
     return [(variant, (template, insert), order, int(n), *((r, int(k)) for r, k in zip(roles, row) if k >= 0))
             for (variant, template, order), insert, n, row in zip(labels, inserts, prompts.lengths, at)]
 
-# %% ../nbs/w04b-tasks.ipynb #e2010477
+# %% ../nbs/w04b-tasks.ipynb #5faa01ca
 def _pool_choices(tokenizer, rng, like: dict, spec: dict) -> dict:
     "Fresh names and nouns in the template, order and inserted phrase of another prompt."
-    group = spec.get("nouns", spec.get("domain", "base"))
-    place, thing = (str(rng.choice(_nouns(tokenizer, kind, group))) for kind in ("places", "objects"))
-    names = _sample_names(tokenizer, rng, spec.get("names", "task"), "reference", NAMES_PER_PROMPT)
-    return like | dict(names=names, place=place, object=thing)
+    place, thing = (str(rng.choice(_nouns(tokenizer, kind, spec.get(kind, spec.get("domain", "base"))))) for kind in ("places", "objects"))
+    names = _draw_names(tokenizer, rng, spec.get("names", "task"), "reference", like["names"])
+    return _with_enough_names(like | dict(names=names, place=place, object=thing), tokenizer, rng, "reference")
 
-# %% ../nbs/w04b-tasks.ipynb #aa9d62a5
+# %% ../nbs/w04b-tasks.ipynb #9a255f7a
 def reference_pool(
     prompts: PromptSet,  # generated by `make_prompts`
     tokenizer,
@@ -253,7 +295,8 @@ def _fill_cell(cell: tuple, label, tokenizer, n: int, seed: int) -> list[dict]:
     "n uninformative prompts with the cell's length and role positions, drawn until they fit."
     spec = variant_spec(label.task, label.axis, label.variant)
     group, number = label.template.rsplit("-", 1)
-    like = dict(templates=group, template=int(number), order=label.order, insert=label.insert)
+    like = dict(templates=group, template=int(number), order=label.order, insert=label.insert, article=spec.get("article", ""),
+                names=label["names"].split())
     rng, rows = _rng("reference", seed, repr(cell)), []
     for _ in range(20 * n):
         row = _realise(_pool_choices(tokenizer, rng, like, spec), tokenizer, informative=False)

@@ -3,8 +3,13 @@
 Fixtures of session scope are shared by all tests of a worker: read them, run them, never change them.
 """
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # real files that are not part of the repository
 
 # The same examples on every run, so that a red build is red again; no deadline, since a first call imports and compiles.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -50,3 +55,22 @@ def no_hub(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """`shared(path)`: a real file that is not part of the repository, or a skip that says which is missing."""
+    def find(path):
+        if not (SHARED / path).is_file(): pytest.skip(f"shared/data/{path} is not part of this repository")
+        return SHARED / path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def gpt2(shared):
+    """GPT-2's own tokenizer."""
+    from transformers import GPT2TokenizerFast
+
+    vocabulary, merges = (shared(f"gpt2-tokenizer/{name}").read_text(encoding="utf-8") for name in ("vocab.json", "merges.txt"))
+    return GPT2TokenizerFast(vocab=json.loads(vocabulary), merges=[tuple(line.split()) for line in merges.splitlines()[1:] if line])

@@ -3,7 +3,6 @@
 import json
 import re
 from functools import cache
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,25 +13,12 @@ from hypothesis import strategies as st
 from circuit_generalization.errors import InputError
 from circuit_generalization.language import build_tokenizer
 from circuit_generalization.prompts import LABELS, PromptError, PromptSet, bos_ids, concat_prompts, encode, prompts_hash, single_token
-from circuit_generalization.tasks import list_variants, make_prompts, reference_pool
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ids = st.integers(0, 49)
 
 
 @cache
 def small(): return build_tokenizer()
-
-
-@cache
-def gpt2():
-    "GPT-2's own tokenizer; its files are not part of the repository."
-    folder = DATA / "gpt2-tokenizer"
-    if not (folder / "vocab.json").is_file(): pytest.skip("GPT-2's vocab.json and merges.txt are not part of this repository")
-    from transformers import GPT2TokenizerFast
-
-    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:] if line]
-    return GPT2TokenizerFast(vocab=json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges=merges)
 
 
 @st.composite
@@ -252,43 +238,18 @@ def test_one_token_or_a_plain_refusal():
 
 # GPT-2's token boundaries
 
-GENERATED = [(row.axis, row.variant) for row in list_variants("ioi").itertuples()]
-
-
-def test_this_is_gpt2s_tokenizer():
-    assert encode(gpt2(), " Mary") == [5335] and len(gpt2()) == 50257
-
-
-@pytest.mark.parametrize("axis, variant", GENERATED)
-def test_every_variant_in_gpt2_tokens(axis, variant):
-    p = make_prompts("ioi", axis, variant, n=36, tokenizer=gpt2())
-    for i, row in enumerate(p.labels.itertuples()):
-        real = p.tokens[i, : p.lengths[i]]
-        assert gpt2().decode(real) == row.prompt and "  " not in row.prompt
-        at = {role: gpt2().decode(real[v[i]]) for role, v in p.positions.items()}
-        assert at["IO"].strip() == row.answer.strip() and at["S1"].strip() == at["S2"].strip() == row.distractor.strip()
-        assert at["END"] == " to" and p.positions["S1+1"][i] == p.positions["S1"][i] + 1
-    assert (p.answers >= 0).sum(1).eq(1).all() and (p.distractors >= 0).sum(1).eq(1).all(), "answers are single tokens"
-    assert p.counterfactual.shape == p.tokens.shape
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("axis, variant", GENERATED)
-def test_reference_pools_exist_in_gpt2_tokens(axis, variant):
-    p = make_prompts("ioi", axis, variant, n=4, tokenizer=gpt2())
-    assert len(reference_pool(p, gpt2(), n=32)) == 32 * len(p)
+def test_this_is_gpt2s_tokenizer(gpt2):
+    assert encode(gpt2, " Mary") == [5335] and len(gpt2) == 50257
 
 
 @pytest.mark.parametrize("order", ["ABBA", "BABA"])
-def test_published_ioi_prompts(tmp_path, order):
-    path = DATA / "prompts" / f"ioi-{order}-00.json"
-    if not path.is_file(): pytest.skip(f"{path.name} is not part of this repository")
-    data = json.loads(path.read_text())
+def test_published_ioi_prompts(tmp_path, order, shared, gpt2):
+    data = json.loads(shared(f"prompts/ioi-{order}-00.json").read_text())
     where = {"IO": "IO", "S1": "S1", "S1+1": "S1+1", "S2": "S2"}
     table = pd.DataFrame([dict(prompt=x["clean"], counterfactual=x["corrupt"], answer=x["answers"][0], distractor=x["wrong_answers"][0])
                           | {f"pos_{ours}": data["word_idxs"][theirs] for ours, theirs in where.items()} for x in data["prompts"]])
     table.to_csv(tmp_path / "mine.csv", index=False)
-    p = PromptSet.from_csv(tmp_path / "mine.csv", gpt2())
+    p = PromptSet.from_csv(tmp_path / "mine.csv", gpt2)
     rows = torch.arange(len(p))
     assert len(p) == 100 and torch.equal(p.tokens[rows, p.positions["IO"]], p.answers[:, 0])
     assert torch.equal(p.tokens[rows, p.positions["S2"]], p.distractors[:, 0]) and torch.equal(p.tokens[rows, p.positions["S1"]], p.distractors[:, 0])

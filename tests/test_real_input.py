@@ -4,7 +4,6 @@ The files in `shared/data` are not part of the repository; the tests that need t
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,6 @@ from circuit_generalization.errors import InputError
 from circuit_generalization.models import load_model, quiet, random_gpt2
 from circuit_generalization.prompts import PromptSet
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 QUICK = ["--draws", "3", "--n-random", "2", "--seed", "5"]
 NUMBERS = ["ld_model", "ld_circuit", "ld_complement", "ld_ablated", "gap_raw", "sufficiency", "necessity", "score", "kl"]
 ROLES = {"IO": "IO", "S1": "S1", "S1+1": "S1+1", "S2": "S2"}  # our role position -> the name in the published files
@@ -27,24 +25,8 @@ FILES = ("ioi-ABBA-00", "ioi-BABA-07", "ioi-ABBA-12")
 N, POOL = 3, 8  # prompts and reference prompts of each file
 
 
-def shared(path):
-    "A file of `shared/data`, or a skip that says which is missing."
-    if not (DATA / path).is_file(): pytest.skip(f"shared/data/{path} is not part of this repository")
-    return DATA / path
-
-
 @pytest.fixture(scope="module")
-def tokenizer():
-    "GPT-2's own."
-    from transformers import GPT2TokenizerFast
-
-    vocabulary, merges = shared("gpt2-tokenizer/vocab.json"), shared("gpt2-tokenizer/merges.txt")
-    pairs = [tuple(line.split()) for line in merges.read_text(encoding="utf-8").splitlines()[1:] if line]
-    return GPT2TokenizerFast(vocab=json.loads(vocabulary.read_text(encoding="utf-8")), merges=pairs)
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
+def folder(gpt2, tmp_path_factory):
     """GPT-2 small with random weights, as a Hugging Face folder: its layers, heads, vocabulary and tokenizer, but 8 numbers a head instead of 64.
 
     At full width one run takes minutes, since every prompt is run hundreds of times, and nothing in the package depends on the width.
@@ -54,14 +36,14 @@ def folder(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("gpt2-shaped") / "my-gpt2"
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
-        config = GPT2Config(n_layer=12, n_head=12, n_embd=96, n_positions=64, vocab_size=len(tokenizer), initializer_range=0.2)
+        config = GPT2Config(n_layer=12, n_head=12, n_embd=96, n_positions=64, vocab_size=len(gpt2), initializer_range=0.2)
         GPT2LMHeadModel(config).save_pretrained(path)
-        tokenizer.save_pretrained(path)
+        gpt2.save_pretrained(path)
     assert (path / "model.safetensors").is_file()
     return path
 
 
-def published(name, rows):
+def published(shared, name, rows):
     "Rows of a CSV file from a file of published IOI prompts."
     data = json.loads(shared(f"prompts/{name}.json").read_text(encoding="utf-8"))
     at = {f"pos_{ours}": data["word_idxs"][theirs] for ours, theirs in ROLES.items()}
@@ -71,12 +53,12 @@ def published(name, rows):
 
 
 @pytest.fixture(scope="module")
-def prompts(tokenizer, tmp_path_factory):
+def prompts(shared, gpt2, tmp_path_factory):
     "A CSV file of published prompts, and one of uninformative prompts: the published ones with three other names."
     home = tmp_path_factory.mktemp("prompts")
-    rows = [row for name in FILES for row in published(name, range(N))]
-    pool = [row | {"prompt": row["counterfactual"]} for name in FILES for row in published(name, range(N, N + POOL))]
-    assert all(len(tokenizer(r["prompt"])["input_ids"]) == len(tokenizer(r["counterfactual"])["input_ids"]) for r in rows + pool)
+    rows = [row for name in FILES for row in published(shared, name, range(N))]
+    pool = [row | {"prompt": row["counterfactual"]} for name in FILES for row in published(shared, name, range(N, N + POOL))]
+    assert all(len(gpt2(r["prompt"])["input_ids"]) == len(gpt2(r["counterfactual"])["input_ids"]) for r in rows + pool)
     pd.DataFrame(rows).to_csv(home / "mine.csv", index=False)
     pd.DataFrame(pool).drop(columns="counterfactual").to_csv(home / "pool.csv", index=False)
     return home / "mine.csv", home / "pool.csv"
@@ -93,7 +75,7 @@ def score(folder, circuit, prompts, out, *more):
 def checked(table, prompts, ablation, n_draws):
     "What every table of scores must be."
     given = pd.read_csv(prompts)
-    assert list(table.columns[: len(COLUMNS)]) == COLUMNS and all(c.startswith("engagement_") for c in table.columns[len(COLUMNS):])
+    assert list(table.columns[: len(COLUMNS)]) == COLUMNS and all(c.startswith(("engagement_", "reads_")) for c in table.columns[len(COLUMNS):])
     assert table.prompt.tolist() == given.prompt.tolist() and table.answer.tolist() == given.answer.tolist()
     finite = np.isfinite(table[NUMBERS])
     assert finite[["ld_model", "ld_circuit", "ld_complement", "ld_ablated", "gap_raw", "kl"]].all(axis=None)
@@ -105,7 +87,7 @@ def checked(table, prompts, ablation, n_draws):
 
 
 @pytest.mark.slow
-def test_the_model_that_is_scored_is_the_one_in_the_folder(folder, prompts, tokenizer, tmp_path):
+def test_the_model_that_is_scored_is_the_one_in_the_folder(shared, folder, prompts, gpt2, tmp_path):
     "LD computed with transformers alone, prompt by prompt; all components kept is the model, and none is all ablated."
     from transformers import AutoModelForCausalLM
 
@@ -118,8 +100,8 @@ def test_the_model_that_is_scored_is_the_one_in_the_folder(folder, prompts, toke
     with quiet(): model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for row in table.itertuples():
         other = pd.read_csv(prompts[0]).counterfactual[row.Index]
-        good, bad = (tokenizer(x)["input_ids"][0] for x in (row.answer, row.distractor))
-        with torch.no_grad(): clean, changed = (model(torch.tensor([tokenizer(t)["input_ids"]])).logits[0, -1] for t in (row.prompt, other))
+        good, bad = (gpt2(x)["input_ids"][0] for x in (row.answer, row.distractor))
+        with torch.no_grad(): clean, changed = (model(torch.tensor([gpt2(t)["input_ids"]])).logits[0, -1] for t in (row.prompt, other))
         assert row.ld_model == pytest.approx(float(clean[good] - clean[bad]), abs=1e-3)
         assert row.ld_complement == row.ld_ablated == pytest.approx(float(changed[good] - changed[bad]), abs=1e-3)
         assert row.ld_circuit == pytest.approx(row.ld_model, abs=1e-4)
@@ -127,7 +109,7 @@ def test_the_model_that_is_scored_is_the_one_in_the_folder(folder, prompts, toke
 
 
 @pytest.mark.parametrize("ablation, n_draws", [("resample", 3), *(pytest.param(k, 1, marks=pytest.mark.slow) for k in ("mean", "counterfactual"))])
-def test_published_prompts_and_the_canonical_circuit(ablation, n_draws, folder, prompts, tmp_path):
+def test_published_prompts_and_the_canonical_circuit(shared, ablation, n_draws, folder, prompts, tmp_path):
     more = [] if ablation == "counterfactual" else ["--reference", prompts[1]]
     circuit = shared("circuits/eap-ig-ioi-canonical-gpt2.json")
     table = checked(score(folder, circuit, prompts[0], tmp_path, "--ablation", ablation, *more), prompts[0], ablation, n_draws)
@@ -141,14 +123,14 @@ def test_published_prompts_and_the_canonical_circuit(ablation, n_draws, folder, 
 
 
 @pytest.mark.slow
-def test_a_circuit_in_the_format_of_a_benchmark(folder, prompts, tmp_path):
+def test_a_circuit_in_the_format_of_a_benchmark(shared, folder, prompts, tmp_path):
     circuit = shared("circuits/mib-ioi-eap-ig-gpt2.json")
     table = checked(score(folder, circuit, prompts[0], tmp_path, "--ablation", "counterfactual"), prompts[0], "counterfactual", 1)
     assert (table.circuit == circuit.stem).all() and table.engagement.isna().all()
 
 
 @pytest.mark.slow
-def test_own_circuit_with_roles_and_positions(folder, prompts, tmp_path):
+def test_own_circuit_with_roles_and_positions(shared, folder, prompts, tmp_path):
     "Some of Wang et al.'s heads, where they act and what they read."
     def node(role, position, attends_to): return dict(role=role, position=position, attends_to=attends_to)
 
@@ -159,7 +141,8 @@ def test_own_circuit_with_roles_and_positions(folder, prompts, tmp_path):
     out.mkdir()
     table = score(folder, tmp_path / "mine.json", prompts[0], out, "--ablation", "resample", "--reference", prompts[1])
     checked(table, prompts[0], "resample", 3)
-    assert list(table.columns[len(COLUMNS):]) == [f"engagement_{r}" for r in ("duplicate token", "induction", "S-inhibition", "name mover")]
+    roles, heads = ("duplicate token", "induction", "S-inhibition", "name mover"), ("a0.h1", "a5.h5", "a7.h3", "a9.h6", "a9.h9")
+    assert list(table.columns[len(COLUMNS):]) == [*(f"engagement_{r}" for r in roles), *(f"reads_{h}" for h in heads)]
     model, at = load_model(folder), json.loads(shared(f"prompts/{FILES[0]}.json").read_text(encoding="utf-8"))["word_idxs"]
     pattern = model.run_with_cache(torch.tensor([model.tokenizer(table.prompt[0])["input_ids"]]))[1]["blocks.7.attn.hook_pattern"]
     assert table["engagement_S-inhibition"][0] == pytest.approx(float(pattern[0, 3, at["end"], at["S2"]]), abs=1e-6)
@@ -167,10 +150,10 @@ def test_own_circuit_with_roles_and_positions(folder, prompts, tmp_path):
 
 
 @pytest.mark.slow
-def test_answers_that_are_sets_of_tokens(folder, tokenizer, tmp_path):
+def test_answers_that_are_sets_of_tokens(shared, folder, gpt2, tmp_path):
     "EAP-IG's greater-than prompts: any later year of the century is right, that year and all earlier ones are wrong."
     pairs = pd.read_csv(shared("prompts/greater-than-eap-ig.csv"), dtype=str).head(6)
-    years = [f"{y:02d}" for y in range(2, 100) if len(tokenizer(f"{y:02d}")["input_ids"]) == 1]
+    years = [f"{y:02d}" for y in range(2, 100) if len(gpt2(f"{y:02d}")["input_ids"]) == 1]
     mine = pd.DataFrame(dict(prompt=pairs.clean, counterfactual=pairs.corrupted, answer=["|".join(y for y in years if y > x) for x in pairs.label],
                              distractor=["|".join(y for y in years if y <= x) for x in pairs.label]))
     mine.to_csv(tmp_path / "years.csv", index=False)
@@ -179,12 +162,12 @@ def test_answers_that_are_sets_of_tokens(folder, tokenizer, tmp_path):
     table = score(folder, shared("circuits/eap-ig-ioi-canonical-gpt2.json"), tmp_path / "years.csv", out, "--ablation", "counterfactual")
     table = checked(table, tmp_path / "years.csv", "counterfactual", 1)
     model, label = load_model(folder), pairs.label[0]
-    logits = model(torch.tensor([tokenizer(pairs.clean[0])["input_ids"]]))[0, -1]
-    later, rest = ([tokenizer(y)["input_ids"][0] for y in years if (y > label) is wanted] for wanted in (True, False))
+    logits = model(torch.tensor([gpt2(pairs.clean[0])["input_ids"]]))[0, -1]
+    later, rest = ([gpt2(y)["input_ids"][0] for y in years if (y > label) is wanted] for wanted in (True, False))
     assert table.ld_model[0] == pytest.approx(float(logits[later].logsumexp(-1) - logits[rest].logsumexp(-1)), abs=1e-3)
 
 
-def test_a_pool_that_lacks_a_template_is_refused_in_one_line(folder, prompts, tmp_path, capfd):
+def test_a_pool_that_lacks_a_template_is_refused_in_one_line(shared, folder, prompts, tmp_path, capfd):
     pool = pd.read_csv(prompts[1])
     pool[pool.template != FILES[1]].to_csv(tmp_path / "pool.csv", index=False)
     argv = ["score", "--model", folder, "--circuit", shared("circuits/eap-ig-ioi-canonical-gpt2.json"), "--prompts", prompts[0], *QUICK,

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from circuit_generalization import exact_scores
+from circuit_generalization import edges, exact_scores
 from circuit_generalization.ablation import ABLATIONS, STOCHASTIC, Ablation, Replacements
+from circuit_generalization.attention import attention_pattern
 from circuit_generalization.circuit import Circuit
-from circuit_generalization.circuit_scorer import COLUMNS, NO_BASELINE, Baseline, CircuitScorer, _logit_differences, engagement
+from circuit_generalization.circuit_scorer import COLUMNS, NO_BASELINE, Baseline, CircuitScorer, _logit_differences, engagement, head_reads
 from circuit_generalization.compiled import compiled_circuit
 from circuit_generalization.controls import random_circuits
 from circuit_generalization.errors import InputError
@@ -212,9 +213,10 @@ def test_a_role_that_some_prompts_lack_leaves_the_others_alone(random_model):
     some = replace(prompts, positions=prompts.positions | {"S2": torch.tensor([2, -1, 1])})
     reader = Circuit.from_components(["a0.h1", "a1.h2"], roles=["first", "second"], positions=["END", "END"],
                                      attends_to=["S2", "START"])
-    together = engagement(random_model, reader, some)
+    def engaged(prompts): return engagement(reader, head_reads(random_model, reader, prompts))
+    together = engaged(some)
     assert together["first"].isna().tolist() == [False, True, False] and together["second"].notna().all()
-    one_by_one = pd.concat([engagement(random_model, reader, some[[i]]) for i in range(3)], ignore_index=True)
+    one_by_one = pd.concat([engaged(some[[i]]) for i in range(3)], ignore_index=True)
     pd.testing.assert_frame_equal(together, one_by_one, atol=1e-6)
     table = score(random_model, reader, some)
     assert table.engagement.notna().all() and table.engagement[1] == table.engagement_second[1]
@@ -223,6 +225,25 @@ def test_a_role_that_some_prompts_lack_leaves_the_others_alone(random_model):
 def test_a_circuit_that_does_not_say_what_it_reads_has_no_engagement(random_model):
     table = score(random_model, Circuit.from_components(["a0.h1"]), random_prompts([4]))
     assert list(table) == COLUMNS and table.engagement.isna().all()
+
+
+def test_what_each_head_reads_is_its_attention(random_model):
+    prompts = random_prompts([4, 6])
+    table, pattern = score(random_model, HALF, prompts), attention_pattern(random_model, prompts.tokens, ["a0.h1", "a1.h0"])
+    ends = prompts.lengths - 1
+    np.testing.assert_allclose(table["reads_a0.h1"], pattern["a0.h1"][:, 0, 0], atol=1e-6)
+    mover = (pattern["a1.h0"][[0, 1], ends, 0] + pattern["a1.h0"][[0, 1], ends, ends]) / 2
+    np.testing.assert_allclose(table["reads_a1.h0"], mover, atol=1e-6)
+    assert list(table)[len(COLUMNS):] == ["engagement_reader", "engagement_mover", "reads_a0.h1", "reads_a1.h0"], "a0.h3 does not say what it reads"
+    np.testing.assert_allclose(table.engagement, (table["reads_a0.h1"] + table["reads_a1.h0"]) / 2, atol=1e-6)
+
+
+def test_engagement_is_the_mean_over_roles_of_the_mean_over_heads():
+    reads = pd.DataFrame({"a0.h1": [1.0, np.nan], "a0.h2": [0.5, 0.25], "a1.h0": [0.0, 1.0]})
+    circuit = Circuit.from_components(list(reads), roles={"a0.h1": "reader", "a0.h2": "reader"})
+    by_role = engagement(circuit, reads)
+    assert by_role.to_dict("list") == {"reader": [0.75, 0.25], "a1.h0": [0.0, 1.0]}
+    assert engagement(circuit, reads[[]]).shape == (2, 0)
 
 
 def hooks_of(model):
@@ -318,6 +339,147 @@ def test_the_true_circuit_beats_chance_and_decoys_do_not(compiled, exact):
     rank = {name: score(compiled, exact_scores.case_circuits()[name][0], exact_set(exact), n_random=19).p_value
             for name in ("true", "decoys")}
     assert (rank["true"] == 1 / 20).all() and (rank["decoys"] > 0.25).all()
+
+
+# nodes or edges, listed or all positions
+
+EDGES = replace(HALF, edges=("a0.h1->a1.h0<q>", "a0.h3->a1.h0", "a0.h1->logits", "a1.h0->logits", "input->a0.h1", "input->logits", "m0->logits"))
+
+
+@pytest.mark.parametrize("universe", ["heads", "heads+mlps"])
+@pytest.mark.parametrize("positions", ["listed", "all"])
+def test_edge_level_is_what_edge_logits_say(random_model, universe, positions):
+    prompts, circuit = random_prompts([5, 3, 5]), replace(EDGES, universe=universe)
+    table = score(random_model, circuit, prompts, level="edge", positions=positions)
+    claim = circuit if positions == "listed" else replace(circuit, nodes=tuple(replace(n, positions=None) for n in circuit.nodes))
+    clean, new = (edges.capture_senders(random_model, t, universe) for t in (prompts.tokens, prompts.counterfactual))
+    runs = dict(ld_circuit=(claim, "circuit"), ld_complement=(claim, "complement"), ld_ablated=(replace(claim, edges=None), "circuit"))
+    for column, (c, keep) in runs.items():
+        logits = edges.edge_logits(random_model, prompts, c, clean, new, keep)
+        np.testing.assert_allclose(table[column], logit_difference(logits, prompts.answers, prompts.distractors), atol=1e-5)
+    assert set(table.level) == {"edge"} and set(table.positions) == {positions} and set(table.universe) == {universe}
+    node = score(random_model, circuit, prompts, positions=positions)
+    assert (table.ld_circuit - node.ld_circuit).abs().max() > 1e-3 and set(node.level) == {"node"}
+    close(table, node, ["ld_model", "engagement", "reads_a0.h1", "reads_a1.h0", *(["ld_ablated"] if universe == "heads" else [])])
+    if universe == "heads+mlps":  # the embedding is ablated too: the donor itself
+        donors = final_logits(random_model, prompts.counterfactual, prompts.lengths)
+        np.testing.assert_allclose(table.ld_ablated, logit_difference(donors, prompts.answers, prompts.distractors), atol=1e-5)
+
+
+def test_edges_of_all_ablations_and_draws(random_model):
+    prompts = random_prompts([5, 5])
+    for kind in ABLATIONS:
+        for universe in ("heads", "heads+mlps"):
+            table = score(random_model, replace(EDGES, universe=universe), prompts, Ablation(kind, 2), reference=pool_of(prompts), level="edge")
+            assert table[LDS].notna().all(axis=None) and (table[["s_se", "n_se"]] > 0).all(axis=None) == (kind in STOCHASTIC)
+
+
+def test_edge_level_has_no_random_circuits_but_a_profile(random_model):
+    prompts = random_prompts([4, 6])
+    base = CircuitScorer(random_model, HALF).baseline_on(prompts, Ablation("counterfactual"))
+    node, edge = (score(random_model, EDGES, prompts, n_random=3, profile=True, baseline=base, level=level) for level in ("node", "edge"))
+    assert set(node.n_random) == {3} and node.p_value.notna().all() and set(edge.n_random) == {0} and edge.p_value.isna().all()
+    close(node, edge, ["profile_similarity"])
+
+
+def test_the_scale_of_edges_includes_the_embedding(random_model):
+    prompts = random_prompts([4, 6, 6, 5, 3], seed=11)
+    prompts = replace(prompts, counterfactual=(prompts.counterfactual + 1) % 64)  # other last tokens
+    for universe in ("heads", "heads+mlps"):
+        circuit = replace(EDGES, universe=universe)
+        scorer, table = CircuitScorer(random_model, circuit), score(random_model, circuit, prompts, level="edge")
+        node, edge = (scorer.baseline_on(prompts, Ablation("counterfactual"), level=level) for level in ("node", "edge"))
+        assert edge.scale == pytest.approx((table.ld_model - table.ld_ablated)[table.ld_model > 0].mean(), abs=1e-5)
+        assert (abs(edge.scale - node.scale) < 1e-5) == (universe == "heads")
+        np.testing.assert_allclose(edge.profile, node.profile, atol=1e-5)
+
+
+def test_edges_are_calibrated_as_edges(compiled, monkeypatch):
+    def told(self, base, ablation, seed, profile, reference, level): return Baseline({"node": 2.0, "edge": 5.0}[level], None, 1)
+    monkeypatch.setattr(CircuitScorer, "baseline_on", told)
+    prompts = make_prompts("ioi", n=2, tokenizer=compiled.tokenizer)
+    for level, scale in (("node", 2.0), ("edge", 5.0)):
+        table = score(compiled, compiled_circuit(), prompts, level=level)
+        np.testing.assert_allclose(table.gap_raw / table.gap, scale)
+
+
+def test_all_positions_are_those_of_a_circuit_that_lists_none(random_model):
+    prompts = random_prompts([5, 3, 5])
+    free = replace(HALF, nodes=tuple(replace(n, positions=None) for n in HALF.nodes))
+    everywhere, plain = (score(random_model, c, prompts, n_random=5, **how) for c, how in ((HALF, dict(positions="all")), (free, {})))
+    close(everywhere, plain, [*LDS, *RATIOS, "kl", "p_value"], atol=0)
+    listed = score(random_model, HALF, prompts)
+    assert (everywhere.ld_circuit - listed.ld_circuit).abs().max() > 1e-3
+    close(everywhere, listed, ["engagement", "reads_a0.h1", "reads_a1.h0"])
+    assert set(everywhere.positions) == {"all"} and set(listed.positions) == {"listed"}
+    elsewhere = Circuit.from_components(["a0.h1"], positions=["S2"])  # which these prompts lack
+    assert score(random_model, elsewhere, prompts, positions="all")[LDS].notna().all(axis=None)
+
+
+def test_the_true_edges_are_active(compiled, exact):
+    table = score(compiled, compiled_circuit(), exact_set(exact), level="edge", baseline=Baseline(4.0, None, 1))
+    assert set(table.verdict) == {"active"} and table.sufficiency.between(0.9, 1.2).all()
+
+
+def test_options_that_make_no_sense_are_refused(compiled, exact):
+    prompts, true = exact_set(exact)[:1], compiled_circuit()
+    refused(lambda: score(compiled, true, prompts, level="edges"), "level 'edges'", "node, edge")
+    refused(lambda: score(compiled, true, prompts, positions="END"), "positions 'END'", "listed, all")
+    refused(lambda: score(compiled, replace(true, edges=None), prompts, level="edge"), "compiled-ioi-ioi", "no edges", "node")
+    refused(lambda: score(compiled, replace(true, edges=("input->a0.h1<q>", "m0->logits")), prompts, level="edge"), "no edges", "heads to heads")
+    refused(lambda: CircuitScorer(compiled, replace(true, edges=("a3.h3->a0.h1",))).claim("edge"), "backwards")
+    refused(lambda: score(compiled, true, prompts, level="edge", restore=True), "restore", "node")
+
+
+# tokens that no node lists
+
+def test_restored_is_ablated_at_listed_tokens_only(compiled, compiled_numbers, exact):
+    "Against the NumPy forward pass."
+    circuit = exact_scores.case_circuits()["without negative mover"][0]
+    table = score(compiled, circuit, exact_set(exact, "donor"), restore=True, baseline=Baseline(2.0, None, 1))
+    for row, p in zip(table.itertuples(), exact):
+        z, own = exact_scores.numpy_forward(compiled_numbers, p.donor)[1], {n.name: p.positions[n.positions[0]] for n in circuit.nodes}
+        listed = {p.positions["S2"], p.positions["END"]}
+        places = {(layer, h): sorted(listed - {own.get(f"a{layer}.h{h}")}) for layer, h in np.ndindex(*z.shape[:2])}
+        edits = {head: (at, z[head][at]) for head, at in places.items()}
+        last = exact_scores.numpy_forward(compiled_numbers, p.clean, edits)[0][-1]
+        assert row.ld_restored == pytest.approx(last[p.answer] - last[p.distractor], abs=1e-4)
+        assert row.gap_restored == pytest.approx((row.ld_restored - row.ld_model) / 2, abs=1e-5)
+    assert (table.ld_restored - table.ld_circuit).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("universe", ["heads", "heads+mlps"])
+def test_with_everything_at_the_listed_tokens_restoring_is_the_model(random_model, universe):
+    names, prompts = component_names(random_model, universe), random_prompts([5, 3, 6])
+    circuit = Circuit.from_components(names, positions=[("START", "END")] * len(names), universe=universe)
+    table = score(random_model, circuit, prompts, restore=True)
+    close(table, table.assign(ld_restored=table.ld_model), ["ld_restored"])
+    assert (table.ld_circuit - table.ld_model).abs().max() > 1e-3
+    ablated = score(random_model, replace(circuit, nodes=circuit.nodes[-1:]), prompts, restore=True)
+    assert (ablated.ld_restored - ablated.ld_model).abs().max() > 1e-3
+
+
+def test_restored_is_empty_where_not_asked_or_nothing_is_unlisted(random_model):
+    prompts, some = random_prompts([5, 3]), dict(baseline=Baseline(1.0, None, 1))
+    listed = replace(HALF, nodes=tuple(n for n in HALF.nodes if n.positions))
+    columns = ["ld_restored", "gap_restored"]
+    assert score(random_model, listed, prompts, restore=True, **some)[columns].notna().all(axis=None)
+    for circuit, how in ((listed, {}), (listed, dict(restore=True, positions="all")), (HALF, dict(restore=True))):
+        table = score(random_model, circuit, prompts, **how, **some)
+        assert table[columns].isna().all(axis=None) and table.gap.notna().all()
+    close(score(random_model, listed, prompts, restore=True), score(random_model, listed, prompts), [*LDS, *RATIOS, "kl"], atol=0)
+
+
+def test_the_cost_of_the_options(random_model, monkeypatch):
+    prompts, listed = random_prompts([5, 5]), replace(EDGES, nodes=tuple(n for n in HALF.nodes if n.positions))
+    calls, cost, run = [], {}, type(random_model).run_with_hooks
+    monkeypatch.setattr(type(random_model), "run_with_hooks", lambda *a, **how: calls.append(1) or run(*a, **how))
+    for name, how in (("node", {}), ("restored", dict(restore=True)), ("all", dict(positions="all")), ("edge", dict(level="edge"))):
+        calls.clear()
+        score(random_model, listed, prompts, Ablation("resample", 3), reference=pool_of(prompts), **how)
+        cost[name] = len(calls)
+    per_draw = 1 + sum(edges.edge_passes(listed, 2, 4, keep) for keep in ("circuit", "complement"))
+    assert cost["restored"] == cost["node"] + 3 and cost["all"] == cost["node"] and cost["edge"] == cost["node"] + 3 * (per_draw - 3)
 
 
 # calibration
@@ -474,7 +636,8 @@ def test_a_hugging_face_model_is_scored_as_its_bridge_and_left_alone(random_mode
 
 def test_labels_of_the_prompts_never_replace_what_was_measured(random_model):
     prompts = random_prompts([3, 4])
-    labels = prompts.labels.assign(model="mine", seed=77, ld_model=-5.0, verdict="active", p_value=0.0, answer="A", variant="v")
+    labels = prompts.labels.assign(model="mine", seed=77, ld_model=-5.0, verdict="active", p_value=0.0, answer="A", variant="v", level="word",
+                                   positions="1 2", ld_restored=3.0, gap_restored=1.0, engagement_reader=9.0, engagement_of="x", reads_it="y")
     table = score(random_model, HALF, replace(prompts, labels=labels), seed=2)
     plain = score(random_model, HALF, prompts, seed=2)
     pd.testing.assert_frame_equal(table.drop(columns=["answer", "variant"]), plain.drop(columns=["answer", "variant"]))
