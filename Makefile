@@ -5,7 +5,9 @@ SHELL := bash
 
 MODEL ?= organism-a
 N ?= 100
-RANDOM_CIRCUITS ?= 39
+VARIANTS ?= rare_names unseen_places passive double_io hospital space third_name extra_subject
+RANDOM_CIRCUITS ?= 19
+POSITIONS ?= listed
 OUT ?= results/$(MODEL)-ioi
 WORKERS ?= 2
 
@@ -14,11 +16,11 @@ INSTALLED := .venv/.installed
 # One thread a worker: the workers already fill the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)
 
-.PHONY: help run test lab nbs clean
+.PHONY: help run test experiments lab nbs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 14
-	@echo 'Variables of `make run`: MODEL=$(MODEL) N=$(N) RANDOM_CIRCUITS=$(RANDOM_CIRCUITS) OUT=$(OUT); of `make test` and `make nbs`: WORKERS=$(WORKERS)'
+	@echo 'Variables of `make run`: MODEL=$(MODEL) N=$(N) VARIANTS="$(VARIANTS)" (empty: all 33) RANDOM_CIRCUITS=$(RANDOM_CIRCUITS) POSITIONS=$(POSITIONS) OUT=$(OUT); of `make test` and `make nbs`: WORKERS=$(WORKERS)'
 
 # Built once; rebuilt only when one of these files changes.
 $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
@@ -32,9 +34,9 @@ $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 
-run: $(INSTALLED)  ## Score the IOI circuit of an embedded model on all four axes, into results/
+run: $(INSTALLED)  ## Score the IOI circuit of an embedded model on all four axes, two variants each, into results/
 	$(BIN)/circuit-gen measure --model $(MODEL) --task ioi --axes lexical syntactic domain adversarial \
-	  --n-prompts $(N) --n-random $(RANDOM_CIRCUITS) --seed 0 --out $(OUT)
+	  $(if $(VARIANTS),--variants $(VARIANTS)) --n-prompts $(N) --n-random $(RANDOM_CIRCUITS) --positions $(POSITIONS) --seed 0 --out $(OUT)
 
 test: $(INSTALLED)  ## Lint, then run every test and every notebook
 	$(BIN)/ruff check .
@@ -42,6 +44,11 @@ test: $(INSTALLED)  ## Lint, then run every test and every notebook
 	$(TEST)/python -m pytest -q -n $(WORKERS) -m slow
 	$(TEST)/nbdev-test --n-workers $(WORKERS) --flags slow --timing
 	@echo 'make test: all passed (lint, fast tests, slow tests, notebooks)'
+
+experiments: $(INSTALLED)  ## Run the five experiments again (about half an hour), into experiments/ and results/
+	for notebook in experiments/*.ipynb; do \
+	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 $$notebook; done
+	$(BIN)/nbdev-clean --fname experiments
 
 lab: $(INSTALLED)  ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab

@@ -204,17 +204,16 @@ def _footnote(n_random: int) -> str:
             "that this many pairs find four times in five. generalises: the same within 15 points (yes), or lower (no), under resample, mean\n"
             f"and counterfactual ablation alike. {null}")
 
-# %% ../nbs/w09c-command-line.ipynb #b0988cc9
+# %% ../nbs/w09c-command-line.ipynb #487b7e71
 def print_scores(
     scores,  # DataFrame: scores.csv
-    n_random: int,
 ):
     "Print how often each verdict was given, and the median numbers of the prompts that got it."
     groups = sorted(scores.groupby("verdict"), key=lambda g: -len(g[1]))
     numbers = ("ld_model", "sufficiency", "necessity", "score")
     rows = [[v, len(g), _percent(len(g) / len(scores)), *(f"{g[c].median():.2f}" for c in numbers)] for v, g in groups]
     _print_table(f"{len(scores)} prompts", ["verdict", "prompts", "%", "LD of\nthe model", "sufficiency", "necessity", "score"], rows)
-    print("Numbers are medians. " + _footnote(n_random).splitlines()[-1].partition("alike. ")[2])
+    print("Numbers are medians. " + _footnote(int(scores.n_random.iloc[0])).splitlines()[-1].partition("alike. ")[2])
 
 # %% ../nbs/w09c-command-line.ipynb #34c2b4fb
 def run_models(args) -> None:
@@ -275,7 +274,7 @@ def run_measure(args) -> None:
     print(f"Wrote {args.out}: report.html (open it in a browser), {len(figures)} figures, generalization.csv, ablations.csv, variance.csv, "
           "scores.csv, sweep.csv, manifest.json.")
 
-# %% ../nbs/w09c-command-line.ipynb #4a8a254b
+# %% ../nbs/w09c-command-line.ipynb #2b610f50
 def run_score(args) -> None:
     "Score the prompts of a CSV file; write a table."
     check_file(args.out, [args.prompts, args.reference, args.circuit])
@@ -289,7 +288,7 @@ def run_score(args) -> None:
     with quiet(), progress_bar() as progress:
         if args.dry_run: return _print_plan(plan_score(options))
         scores = score_file(options, args.out, progress)
-    print_scores(scores, args.n_random)
+    print_scores(scores)
     print(f"Wrote {args.out}.")
 
 # %% ../nbs/w09c-command-line.ipynb #25120d99
@@ -340,7 +339,7 @@ def run_train(args) -> None:
     _print_table(f"{args.name}, seed {args.seed}", ["task", "accuracy, %"], rows)
     print(f"Wrote {out}.")
 
-# %% ../nbs/w09c-command-line.ipynb #a390f69b
+# %% ../nbs/w09c-command-line.ipynb #badca452
 def _scoring_options(parser: Parser, n_random: int, several: bool) -> None:
     "What `measure` and `score` share."
     how = ("what ablated activations are replaced by: the first gives the scores, the others test the conclusion" if several
@@ -350,7 +349,8 @@ def _scoring_options(parser: Parser, n_random: int, several: bool) -> None:
     if several:
         parser.add_argument("--positions", nargs="+", default=["listed", "all"], metavar="WHERE",
                             help="where components are kept: listed (as in the circuit), all (both)")
-        parser.add_argument("--levels", nargs="+", default=["node", "edge"], metavar="LEVEL", help="what is ablated: node, edge (edge only where the circuit has edges)")
+        parser.add_argument("--levels", nargs="+", default=["node", "edge"], metavar="LEVEL",
+                            help="what is ablated: node, edge (both, where the circuit has edges)")
     else:
         parser.add_argument("--positions", default="listed", metavar="WHERE", help="where components are kept: listed, all (listed)")
         parser.add_argument("--level", default="node", help="what is ablated: node, edge (node)")

@@ -186,7 +186,7 @@ def _score_shard(job: _Job, pair, setting: Setting, base: Baseline, tick) -> pd.
                               level=setting.level, positions=setting.positions, restore=headline and setting.level == "node")
     return scores if headline else scores[SWEPT]
 
-# %% ../nbs/w09a-measurement.ipynb #94315d87
+# %% ../nbs/w09a-measurement.ipynb #16dc4ce8
 @dataclass
 class Measurement:
     "What a measurement found."
@@ -194,7 +194,7 @@ class Measurement:
     sweep: pd.DataFrame  # the same in the other settings
     table: pd.DataFrame  # one row a variant
     ablations: pd.DataFrame  # one row a variant and setting
-    variance: pd.DataFrame  # components of the variance of the score
+    variance: pd.DataFrame  # components of the variance of the gap
     manifest: dict
 
 
@@ -236,7 +236,7 @@ def _manifest(job: _Job, seconds: float, table: pd.DataFrame) -> dict:
                 prepended_bos=job.options.bos, p_values=f"against {job.options.n_random} layer-matched random circuits, one donor draw",
                 thresholds=asdict(job.scorer.thresholds))
 
-# %% ../nbs/w09a-measurement.ipynb #6199f32c
+# %% ../nbs/w09a-measurement.ipynb #30511d6e
 def measure(
     options: MeasureOptions,
     out: str | Path,  # a folder, made if need be
@@ -249,7 +249,7 @@ def measure(
     except OSError as e: raise InputError(f"cannot write into {out}: {e.strerror}") from None
     k = len(job.prompts)
     scores, sweep = pd.concat(parts[:k], ignore_index=True), pd.concat(parts[k:], ignore_index=True) if parts[k:] else pd.DataFrame(columns=SWEPT)
-    tables = dict(table=generalization_table(scores, sweep), ablations=ablations_table(scores, sweep), variance=variance_components(scores))
+    tables = dict(table=generalization_table(scores, sweep), ablations=ablations_table(scores, sweep), variance=variance_components(scores, "gap"))
     result = Measurement(scores, sweep, **tables, manifest=_manifest(job, time.monotonic() - start, tables["table"]))
     for name, frame in (("scores", scores), ("sweep", sweep), ("generalization", result.table), ("ablations", result.ablations),
                         ("variance", result.variance)): to_csv(frame, out / f"{name}.csv")

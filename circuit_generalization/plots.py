@@ -63,7 +63,7 @@ def png_bytes(
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
-# %% ../nbs/w09b-figures.ipynb #e1eabc74
+# %% ../nbs/w09b-figures.ipynb #4bf5b109
 def _label(variant: str) -> str: return str(variant).replace("_", " ") or "prompts"
 
 
@@ -83,7 +83,7 @@ def _name_rows(axes: Axes, table: pd.DataFrame) -> pd.Series:
     axes.set_yticks([*heights, *headings.values()], [*map(_label, table.variant), *headings])
     for text in axes.get_yticklabels()[len(heights):]: text.set_fontweight("bold")
     axes.set_ylim(max(heights) + 0.7, -0.7)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=9)  # a symbol at 0 reaches a little to the left of the panel
     return heights
 
 # %% ../nbs/w09b-figures.ipynb #7f2e4ea1

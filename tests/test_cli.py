@@ -120,11 +120,14 @@ def test_a_reader_who_has_enough_is_no_error():
 
 # measure
 
+QUICKLY = ["--variants", "rare_names", "--ablation", "resample", "counterfactual", "--positions", "listed", "--levels", "node"]
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A small real measurement: its folder, and what was printed."""
     out = tmp_path_factory.mktemp("measured")
-    command = [PROGRAM, *MEASURE, "--variants", "rare_names", "--ablation", "resample", "counterfactual", "--out", out]
+    command = [PROGRAM, *MEASURE, *QUICKLY, "--out", out]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -132,8 +135,9 @@ def measured(tmp_path_factory):
 
 def test_measure_writes_what_the_contract_says_and_nothing_else(measured):
     out, _ = measured
-    figures = ["figures/active_share.png", "figures/engagement.png", "figures/model_vs_circuit.png", "figures/verdicts.png"]
-    assert leftovers(out) == ["figures", *figures, "generalization.csv", "manifest.json", "scores.csv", "sweep.csv"]
+    figures = [f"figures/{name}.png" for name in ("ablations", "active_share", "engagement", "model_vs_circuit", "verdicts")]
+    tables = ["generalization.csv", "manifest.json", "report.html", "scores.csv", "sweep.csv", "variance.csv"]
+    assert leftovers(out) == ["ablations.csv", "figures", *figures, *tables]
     scores = pd.read_csv(out / "scores.csv")
     assert list(scores.columns[:len(COLUMNS)]) == COLUMNS
     assert scores.groupby("variant").size().to_dict() == {"base": 18, "rare_names": 18}
@@ -145,7 +149,8 @@ def test_measure_writes_what_the_contract_says_and_nothing_else(measured):
 def test_every_option_is_in_the_manifest(measured):
     options = json.loads((measured[0] / "manifest.json").read_text(encoding="utf-8"))["options"]
     assert options == dict(model="compiled-ioi", task="ioi", axes=["lexical"], variants=["rare_names"], circuit=None, n_prompts=18, seed=0,
-                           ablations=["resample", "counterfactual"], n_draws=2, n_random=1, device="cpu", batch_size=128, bos=False)
+                           ablations=["resample", "counterfactual"], positions=["listed"], levels=["node"],
+                           n_draws=2, n_random=1, device="cpu", batch_size=128, bos=False)
 
 
 def test_measure_prints_the_table(measured):
@@ -167,7 +172,7 @@ def test_an_interrupted_measurement_resumes_to_the_same_bytes(measured, tmp_path
             if len(interrupted) == 2: raise KeyboardInterrupt
         yield progress
 
-    command = [*MEASURE, "--variants", "rare_names", "--ablation", "resample", "counterfactual", "--out", str(tmp_path)]
+    command = [*MEASURE, *QUICKLY, "--out", str(tmp_path)]
     monkeypatch.setattr(cli, "progress_bar", impatient)
     assert main(command) == 130
     said = capfd.readouterr().err
@@ -185,7 +190,7 @@ def test_an_interrupted_measurement_resumes_to_the_same_bytes(measured, tmp_path
 def test_a_dry_run_says_the_cost_and_writes_nothing(tmp_path, capsys):
     assert main([*MEASURE, "--dry-run", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("54 prompts, ") and " MB" in printed and " s." in printed and leftovers(tmp_path) == []
+    assert printed.startswith("90 prompts, ") and " MB" in printed and " s." in printed and leftovers(tmp_path) == []
 
 
 # score
@@ -237,6 +242,38 @@ def test_score_does_not_replace_its_input(tmp_path, refused):
     before = Path(prompts).read_bytes()
     assert "that is an input" in refused(*SCORE, "--prompts", prompts, "--out", prompts)
     assert Path(prompts).read_bytes() == before
+
+
+def test_score_at_edge_level_and_at_all_positions(tmp_path, refused, capfd):
+    prompts, tables = write_csv(tmp_path / "prompts.csv", ROW, *UNINFORMATIVE), {}
+    for how in (["--level", "edge"], ["--positions", "all"], []):
+        assert main([*SCORE, *how, "--prompts", prompts, "--out", str(tmp_path / "scores.csv")]) == 0
+        tables[" ".join(how)] = pd.read_csv(tmp_path / "scores.csv").iloc[0]
+        assert ("no random circuits were drawn" in capfd.readouterr().out) == ("edge" in how)
+    edge, everywhere, plain = tables.values()
+    assert (edge.level, edge.n_random, edge.positions) == ("edge", 0, "listed") and (everywhere.level, everywhere.positions) == ("node", "all")
+    assert edge.ld_circuit != plain.ld_circuit and all(t.verdict == "active" for t in tables.values())
+    assert "level 'atom'" in refused(*SCORE, "--level", "atom", "--prompts", prompts)
+
+
+# compare
+
+def test_compare_pairs_two_runs(measured, tmp_path, capsys):
+    out, _ = measured
+    assert main(["compare", str(out), f"{out}:counterfactual", "--out", str(tmp_path / "compared.csv")]) == 0
+    printed, table = capsys.readouterr().out, pd.read_csv(tmp_path / "compared.csv").set_index("variant")
+    assert set(table.index) == {"base", "rare_names"} and (table.n_prompts == 18).all() and table.same_text.eq(1).all()
+    assert f"{100 * table.same_verdict['rare_names']:.0f}" in printed and "Verdicts: A down, B across" in printed and "counterfactual" in printed
+    assert main(["compare", str(out), str(out)]) == 0 and "+0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("a, b, complaint", [("no/such", "OUT", "no/such: no such folder"), ("OUT", "OUT:fire", "measured without 'fire'"),
+                                             ("OUT", "EMPTY", "not a measurement, it has no scores.csv")])
+def test_what_cannot_be_compared(a, b, complaint, measured, tmp_path, refused):
+    (tmp_path / "empty").mkdir()
+    folders = [x.replace("OUT", str(measured[0])).replace("EMPTY", str(tmp_path / "empty")) for x in (a, b)]
+    assert complaint in refused("compare", *folders, "--out", str(tmp_path / "new" / "compared.csv"), out=None)
+    assert not (tmp_path / "new").exists()
 
 
 # discover and train-organism
@@ -298,6 +335,8 @@ def test_incomplete_commands(argv, complaint, refused):
     ("--variants", "rare_name", "no variant 'rare_name'"),
     ("--variants", "hospital", "no variant 'hospital' on lexical"),  # it is on another axis
     ("--ablation", "resampel", "no ablation 'resampel': there is resample"),
+    ("--positions", "everywhere", "no positions 'everywhere': there is listed, all"),
+    ("--levels", "atom", "no level 'atom': there is node, edge"),
     ("--circuit", "no-such.json", "no circuit 'no-such.json'"),
 ])
 def test_bad_options_of_measure(option, value, complaint, refused):

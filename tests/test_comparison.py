@@ -79,6 +79,7 @@ def test_p_values_are_adjusted_over_the_variants(two):
     table = compare_runs(*two).table
     assert list(table.columns) == COMPARISON_COLUMNS and table.variant.tolist() == ["base", "v"]
     assert table.p_value[1] == 1 and table.p_adjusted[0] == pytest.approx(min(2 * table.p_value[0], 1))
+    assert table.equivalence_p_adjusted.max() == pytest.approx(table.equivalence_p.max()) and table.equivalence_p.nunique() == 2
     assert table.kappa[1] == 1 and table.difference[1] == 0 and table.conclusion[1] == "no difference found", "ten templates cannot show sameness"
 
 
@@ -134,6 +135,11 @@ def test_settings_of_one_run_are_told_by_a_colon(tmp_path):
     with pytest.raises(InputError, match="measured without 'zero'; there is mean; mean, all positions; resample"): read_run(f"{run}:zero")
 
 
+def test_the_headline_is_the_one_in_scores(tmp_path):
+    run = write(tmp_path / "one", scored(ONE), sweep=[scored(ONE.replace("A", "s"))])
+    assert read_run(run).scores.active.any() and read_run(f"{run}:resample").scores.active.any()
+
+
 def test_a_folder_may_have_a_colon_in_its_name(tmp_path):
     run = write(tmp_path / "at 12:30", scored(ONE))
     assert read_run(run).setting == "resample" and read_run(f"{run}:resample").folder == run
@@ -141,12 +147,21 @@ def test_a_folder_may_have_a_colon_in_its_name(tmp_path):
 
 def test_what_differs(tmp_path):
     a, b = write(tmp_path / "a", scored(ONE)), write(tmp_path / "b", scored(ONE), model="n", axes=["lexical"])
+    timed = json.loads((b / "manifest.json").read_text()) | dict(seconds=99.0, n_scored=1)
+    (b / "manifest.json").write_text(json.dumps(timed))
     found = what_differs(read_run(a), read_run(b)).set_index("what")
     assert found.index.tolist() == ["options.model", "hashes.model", "options.axes"] and found.loc["options.model"].tolist() == ["m", "n"]
     assert found.loc["options.axes"].tolist() == [None, ["lexical"]] and what_differs(read_run(a), read_run(a)).empty
 
 
 # ---- pairs
+
+
+def test_names_that_look_like_numbers_are_names(tmp_path):
+    a = write(tmp_path / "a", scored("AAAA").assign(prompt_id=["01", "2", "3", "4"], template=["1", "1.0", "2", "02"]))
+    b = write(tmp_path / "b", scored("AAAA").assign(prompt_id=["01", "1", "3", "x"]))
+    found = compare_runs(a, b)
+    assert found.pairs.id.tolist() == ["01", "3"] and read_run(a).scores.template.nunique() == 4
 
 
 def test_prompts_without_a_partner_are_named(tmp_path):

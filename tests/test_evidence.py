@@ -155,9 +155,9 @@ def test_repeating_the_design_makes_smaller_differences_visible():
 
 
 def test_outcomes_that_templates_decide_hide_larger_differences():
-    changed = np.arange(90) % 9 == 0  # the same ten discordant pairs, in outcomes that the template decides or not
-    by_template, scattered = (EIGHTEEN < 9).astype(float), (np.arange(90) // 18 % 2).astype(float)
-    clustered, mixed = (smallest_difference(np.where(changed, 1 - x, x), x, EIGHTEEN) for x in (by_template, scattered))
+    d = np.where(np.arange(90) < 18, np.where(EIGHTEEN < 9, -1, 1), 0)  # the same pairs change, one a template
+    by_template, scattered = (EIGHTEEN < 9).astype(float), np.where(d != 0, d < 0, np.arange(90) // 18 % 2).astype(float)
+    clustered, mixed = (smallest_difference(x + d, x, EIGHTEEN) for x in (by_template, scattered))
     assert clustered > 1.3 * mixed
 
 

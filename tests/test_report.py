@@ -671,8 +671,9 @@ def test_a_click_on_a_row_opens_it_and_leads_to_its_base(page, scores):
 def test_a_prompt_in_the_address_is_opened_on_its_page(page, scores):
     page.open(f"#prompt={scores.prompt_id[77]}")
     assert page.text("#page") == "page 2 of 2" and page.all("#detail-77")
-    box = page.run("const b = document.getElementById('row-77').getBoundingClientRect(); return b.top >= 0 && b.bottom <= innerHeight")
-    assert box, "and is in view"
+    top, bottom, head, height = page.run("""const row = document.getElementById('row-77').getBoundingClientRect();
+      return [row.top, row.bottom, document.querySelector('#scores thead th').getBoundingClientRect().bottom, innerHeight]""")
+    assert 0 < head <= top < bottom <= height, "and is in view, below the headings that stay"
 
 
 @pytest.mark.slow
@@ -684,13 +685,29 @@ def test_variants_say_what_the_table_says_and_lead_to_their_prompts(page, folder
     assert [row[9] for row in rows[1:]] == table.generalises[1:].tolist() and [row[7] for row in rows[1:]] == [
         "–" if np.isnan(x) else f"{100 * x:.0f}" for x in table.smallest_difference[1:]]
     for i, row in table.iterrows(): assert rows[i][1] == f"{row.n_right}/{row.n}" and rows[i][3].startswith(f"{100 * row.active_share:.0f} [")
-    assert f"{table.ratio_of_means[2]:.2f}" in page.text("#size-table")
     shares = page.run("""return [...document.querySelectorAll('#verdict-table tbody tr:not(.group)')]
                                 .map(r => [...r.cells].slice(1, 8).map(c => c.textContent))""")
     order = [c for c in report.VERDICT_STYLE]
     assert shares == [["·" if row[f"share_{v}"] == 0 else f"{100 * row[f'share_{v}']:.0f}" for v in order] for _, row in table.iterrows()]
     page.all("#variant-table .link")[-1].click()
     assert page.address == "#axis=adversarial&variant=third_name" and page.count == "30 of 90 prompts"
+
+
+@pytest.mark.slow
+def test_numbers_of_variants_are_written_for_readers(chromium, tmp_path):
+    table = made_table().assign(ratio_of_means=[1.004, -0.001], mean_of_ratios=[2.5, np.nan],
+                                gap=-0.126, gap_low=-0.2, gap_high=0.1, gap_restored=0.02,
+                                another_reason=[0.25, 0.5], another_reason_low=[0.1, np.nan], another_reason_high=[0.4, np.nan],
+                                share_active=[1.0, 0.0], odd=[0.00012345, 1234.5], note="new")
+    written(tmp_path / "r.html", made()[0], table)
+    page = Report(chromium, tmp_path / "r.html")
+    cells = "return [...document.querySelectorAll(arguments[0] + ' tbody tr:not(.group)')].map(r => [...r.cells].map(c => c.textContent))"
+    assert page.run(cells, "#variant-table") == [["base", "6/6", "50 [20, 80]", "", "", "(reference)"],
+                                                 ["rare", "6/6", "50 [20, 80]", "−10 [−20, −1]", "0.040", "lower"]]
+    assert page.run(cells, "#verdict-table") == [["base", "100", "25 [10, 40]"], ["rare", "·", "50"]]
+    assert page.run(cells, "#size-table") == [["base", "1.00", "2.50", "−0.13 [−0.20, 0.10]", "0.02", "1.2e−4", "new"],
+                                              ["rare", "0.00", "–", "−0.13 [−0.20, 0.10]", "0.02", "1234", "new"]]
+    assert "lower (1 variant): rare −10." in page.text("#summary") and "active on 50% [20, 80]" in page.text("#summary")
 
 
 @pytest.mark.slow

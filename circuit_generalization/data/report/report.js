@@ -163,7 +163,7 @@ const verdictColumns = () => there(Object.keys(data.verdict_colours).map(v => [b
 
 function otherColumns(shown) {
   const told = new Set(shown.flatMap(([, needs]) => needs));
-  const plain = x => (isNumber(x) ? numberCellOf(minus(String(+x.toPrecision(3)))) : el("td", {}, show(x)));
+  const plain = x => (isNumber(x) ? numberCellOf(show(x)) : el("td", {}, show(x)));
   const names = Object.keys(table).filter(name => !told.has(name) && !LEFT_OUT.has(name) && !/^(right|wrong)_/.test(name));
   return names.map(name => [words(name), [name], plain]);
 }

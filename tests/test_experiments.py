@@ -1,0 +1,47 @@
+"""The experiments run from their configuration files, here with few prompts, and write what they say they write."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from circuit_generalization.measurement import PROCESSED, MeasureOptions, chosen_variants
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = sorted(p.stem for p in FOLDER.glob("e0*.ipynb"))
+QUICK = dict(n_prompts=18, n_random=1)
+
+
+def options_of(name): return MeasureOptions.from_dict(yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8")))
+
+
+def test_one_experiment_an_axis_and_one_for_the_base():
+    assert [options_of(name).axes for name in EXPERIMENTS] == [(), ("lexical",), ("syntactic",), ("domain",), ("adversarial",)]
+    for name in EXPERIMENTS:
+        assert options_of(name).n_prompts >= 100 and options_of(name).n_random >= 99 and options_of(name).variants is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_runs(name, tmp_path):
+    import papermill
+
+    raw, results = tmp_path / "raw", tmp_path / "results"
+    papermill.execute_notebook(FOLDER / f"{name}.ipynb", tmp_path / "out.ipynb", dict(QUICK, raw=str(raw), results=str(results)), cwd=FOLDER,
+                               progress_bar=False)
+    assert json.loads((raw / "manifest.json").read_text())["options"]["n_prompts"] == 18
+    assert {p.name for p in raw.iterdir()} == {"scores.csv", "sweep.csv", "manifest.json"}
+    assert {*PROCESSED, "figures"} == {p.name for p in results.iterdir()} and len(list((results / "figures").glob("*.png"))) >= 4
+    table = pd.read_csv(results / "generalization.csv")
+    assert list(zip(table.axis, table.variant)) == chosen_variants(options_of(name)) and (table.n == 18).all()
+    assert table.conclusion[1:].notna().all()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_is_published_is_of_the_whole_run(name):
+    manifest, table = json.loads((FOLDER / name / "manifest.json").read_text()), pd.read_csv(FOLDER.parent / "results" / name / "generalization.csv")
+    options = vars(options_of(name))
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["options"].items()} == options
+    assert (table.n == options["n_prompts"]).all() and len(pd.read_csv(FOLDER / name / "scores.csv")) == table.n.sum()
