@@ -86,14 +86,14 @@ def _name_rows(axes: Axes, table: pd.DataFrame) -> pd.Series:
     axes.tick_params(axis="y", length=0, pad=9)  # a symbol at 0 reaches a little to the left of the panel
     return heights
 
-# %% ../nbs/w09b-figures.ipynb #7f2e4ea1
+# %% ../nbs/w09b-figures.ipynb #788a5fba
 _FOREST = ("axis", "variant", "n", "n_right", "active_share", "active_low", "active_high", "conclusion", "p_adjusted")
 
 
 def _verdict_on(row) -> str:
     "What the matched pairs say about one variant, in a few words."
     if row.axis == "base": return "(reference)"
-    p = row.p_adjusted
+    p = getattr(row, "equivalence_p_adjusted", np.nan) if str(row.conclusion).startswith("the same") else row.p_adjusted
     return str(row.conclusion) + ("" if pd.isna(p) else " (p < 0.001)" if p < 0.001 else f" (p = {p:.2g})")
 
 
@@ -101,13 +101,13 @@ def _mark_share(axes: Axes, row, y: float):
     "One line of the forest: interval, symbol, counts, and what the matched pairs say."
     colour, marker = _axis_style(row.axis)
     axes.plot([row.active_low, row.active_high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
-    filled = row.axis == "base" or row.conclusion in ("lower", "higher")
+    filled = row.axis == "base" or str(row.conclusion).startswith(("lower", "higher"))
     axes.plot(row.active_share, y, marker, color=colour, markersize=8, markerfacecolor=colour if filled else "white", markeredgewidth=1.6,
               clip_on=False)
-    for x, text in ((1.04, f"{row.n_right}/{row.n}"), (1.16, _verdict_on(row))):
+    for x, text in ((1.04, f"{row.n_right}/{row.n}"), (1.18, _verdict_on(row))):
         axes.annotate(text, (x, y), xycoords=("axes fraction", "data"), va="center", fontsize=9, annotation_clip=False)
 
-# %% ../nbs/w09b-figures.ipynb #d61ca411
+# %% ../nbs/w09b-figures.ipynb #9df0ca19
 def plot_active_share(
     table: pd.DataFrame,  # generalization.csv
     subtitle: str = "",  # what was measured: model, circuit, ablation
@@ -121,12 +121,12 @@ def plot_active_share(
         axes.axvline(base.active_share, color="black", linewidth=1, linestyle="--", zorder=0)
         if np.isfinite([base.active_low, base.active_high]).all(): axes.axvspan(base.active_low, base.active_high, color="#EEEEEE", zorder=-1)
     for row in table.itertuples(): _mark_share(axes, row, heights[row.Index])
-    for x, text in ((1.04, "right / n"), (1.16, "against base, matched pairs")):
+    for x, text in ((1.04, "right / n"), (1.18, "against base, matched pairs")):
         axes.annotate(text, (x, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=8, color="#555555")
     axes.set_xlim(0, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("share of active among prompts that the model gets right, with 95% interval clustered by template\n"
-                    "filled: differs from base (95% interval of the difference excludes 0); p adjusted for the number of variants", fontsize=9)
+                    "filled: differs from base; p of that, or of sameness where it is claimed, adjusted for the number of variants", fontsize=9)
     return figure
 
 # %% ../nbs/w09b-figures.ipynb #21d90b60
