@@ -10,6 +10,7 @@ RANDOM_CIRCUITS ?= 19
 POSITIONS ?= listed
 OUT ?= results/$(MODEL)-ioi
 WORKERS ?= 2
+EXPERIMENTS ?= $(basename $(notdir $(wildcard experiments/*.ipynb)))
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -20,7 +21,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 14
-	@echo 'Variables of `make run`: MODEL=$(MODEL) N=$(N) VARIANTS="$(VARIANTS)" (empty: all 33) RANDOM_CIRCUITS=$(RANDOM_CIRCUITS) POSITIONS=$(POSITIONS) OUT=$(OUT); of `make test` and `make nbs`: WORKERS=$(WORKERS)'
+	@echo 'Variables of `make run`: MODEL=$(MODEL) N=$(N) VARIANTS="$(VARIANTS)" (empty: all 33) RANDOM_CIRCUITS=$(RANDOM_CIRCUITS) POSITIONS=$(POSITIONS) OUT=$(OUT); of `make test` and `make nbs`: WORKERS=$(WORKERS); of `make experiments`: EXPERIMENTS="$(EXPERIMENTS)"'
 
 # Built once; rebuilt only when one of these files changes.
 $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
@@ -45,9 +46,9 @@ test: $(INSTALLED)  ## Lint, then run every test and every notebook
 	$(TEST)/nbdev-test --n-workers $(WORKERS) --flags slow --timing
 	@echo 'make test: all passed (lint, fast tests, slow tests, notebooks)'
 
-experiments: $(INSTALLED)  ## Run the five experiments again (about half an hour), into experiments/ and results/
-	for notebook in experiments/*.ipynb; do \
-	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 $$notebook; done
+experiments: $(INSTALLED)  ## Run the experiments again (about three quarters of an hour), into experiments/ and results/
+	for name in $(EXPERIMENTS); do \
+	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 experiments/$$name.ipynb; done
 	$(BIN)/nbdev-clean --fname experiments
 
 lab: $(INSTALLED)  ## Open the notebooks in JupyterLab

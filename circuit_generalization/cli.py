@@ -215,13 +215,15 @@ def print_scores(
     _print_table(f"{len(scores)} prompts", ["verdict", "prompts", "%", "LD of\nthe model", "sufficiency", "necessity", "score"], rows)
     print("Numbers are medians. " + _footnote(int(scores.n_random.iloc[0])).splitlines()[-1].partition("alike. ")[2])
 
-# %% ../nbs/w09c-command-line.ipynb #34c2b4fb
+# %% ../nbs/w09c-command-line.ipynb #71588043
 def run_models(args) -> None:
     "List the embedded models."
+    from circuit_generalization.checkpoints import checkpoints_of
     from circuit_generalization.models import list_models
 
     table = list_models()
     _print_table("Models that come with the package", table.columns, table.itertuples(index=False), ["what"])
+    print(f"Points of a training: {', '.join(f'{name}@{step}' for name in table.name for step in checkpoints_of(name))}.")
     print("Also: any folder in Hugging Face format (safetensors), or a hub name such as gpt2.")
 
 
@@ -306,7 +308,7 @@ def run_compare(args) -> None:
     print("A, B: share of active prompts where the model is right in both runs; intervals are clustered by template; p: Benjamini-Hochberg.")
     if args.out: print(f"Wrote {args.out}.")
 
-# %% ../nbs/w09c-command-line.ipynb #bf2e44ca
+# %% ../nbs/w09c-command-line.ipynb #d3ad99b9
 def run_discover(args) -> None:
     "Discover a circuit; write it as JSON."
     check_file(args.out)
@@ -332,11 +334,14 @@ def run_train(args) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / "card.json").is_file():
         raise InputError(f"--out {out}: a folder that holds something other than a trained organism, and would be replaced; give another one")
     from circuit_generalization.models import quiet
-    from circuit_generalization.organisms import train_organism
+    from circuit_generalization.organisms import ORGANISMS, train_organism
+    from circuit_generalization.planting import PLANTINGS, train_patchwork
 
-    with quiet(), progress_bar() as progress: card = train_organism(args.name, seed=args.seed, out=out, steps=args.steps, progress=progress)
+    if args.name not in {*ORGANISMS, *PLANTINGS}: raise InputError(f"no recipe for {args.name!r}: there is {', '.join([*ORGANISMS, *PLANTINGS])}")
+    train = train_patchwork if args.name in PLANTINGS else train_organism
+    with quiet(), progress_bar() as progress: card = train(args.name, seed=args.seed, out=out, steps=args.steps, progress=progress)
     rows = [[task, f"{100 * share:.1f}"] for task, share in card["accuracy"].items()]
-    _print_table(f"{args.name}, seed {args.seed}", ["task", "accuracy, %"], rows)
+    _print_table(f"{args.name}, seed {card['seed']}", ["task", "accuracy, %"], rows)
     print(f"Wrote {out}.")
 
 # %% ../nbs/w09c-command-line.ipynb #badca452
@@ -383,7 +388,7 @@ def _score_options(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="where the table goes")
     _scoring_options(parser, 19, several=False)
 
-# %% ../nbs/w09c-command-line.ipynb #0b1d4ef4
+# %% ../nbs/w09c-command-line.ipynb #6cca80b1
 def _discover_options(parser: Parser) -> None:
     parser.add_argument("--model", required=True, help="an embedded model, a folder in Hugging Face format, or a hub name")
     parser.add_argument("--task", default="ioi", help="see `circuit-gen tasks` (ioi)")
@@ -399,8 +404,8 @@ def _compare_options(parser: Parser) -> None:
 
 
 def _train_options(parser: Parser) -> None:
-    parser.add_argument("name", help="such as organism-a")
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of weights and data (0)")
+    parser.add_argument("name", help="such as organism-a, or organism-patchwork-1")
+    parser.add_argument("--seed", type=whole(0), metavar="N", help="of weights and data (that of the shipped model)")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="fewer than the recipe's, for a try")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the model's folder (./NAME)")
 

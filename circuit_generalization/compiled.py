@@ -12,11 +12,11 @@ __all__ = ['D_MODEL', 'N_LAYERS', 'N_HEADS', 'D_MLP', 'N_POSITIONS', 'D_HEAD', '
            'compile_ioi', 'compiled_card', 'save_compiled', 'compiled_edges', 'compiled_circuit',
            'save_compiled_circuit']
 
-# %% ../nbs/w07b-compiled-ioi.ipynb #c8dae9e6
+# %% ../nbs/w07b-compiled-ioi.ipynb #17c2fbbe
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -282,7 +282,7 @@ def compiled_heads() -> dict[str, Head]:  # 'a0.h0' … 'a3.h7', in order
     decoys = {(layer, h): decoy(*row, seed=10 * layer + h) for layer, rows in DECOYS.items() for h, row in rows.items()}
     return {f"a{layer}.h{h}": head for (layer, h), head in sorted((circuit | decoys).items())}
 
-# %% ../nbs/w07b-compiled-ioi.ipynb #4468f0ab
+# %% ../nbs/w07b-compiled-ioi.ipynb #ff0f36b6
 def attention_features(
     head: Head,
 ) -> dict[str, np.ndarray]:  # query, key, value: [feature, head_dim]; bias: [head_dim], of the query; out: [head_dim, feature]
@@ -299,10 +299,11 @@ def attention_features(
 
 
 def attention_weights(
+    heads: Mapping[str, Head],  # 'a0.h0' … 'a3.h7'
     layer: int,
 ) -> dict[str, np.ndarray]:
     "GPT-2's attention parameters of a layer: heads side by side, in the rotated basis."
-    parts = [attention_features(compiled_heads()[f"a{layer}.h{h}"]) for h in range(N_HEADS)]
+    parts = [attention_features(heads[f"a{layer}.h{h}"]) for h in range(N_HEADS)]
     h = hadamard(D_MODEL)
     query, key, value = (np.concatenate([p[k] for p in parts], 1) for k in ("query", "key", "value"))
     bias = np.concatenate([p["bias"] for p in parts])
@@ -324,12 +325,15 @@ def mlp_weights(
     return {"mlp.c_fc.weight": h.T @ read, "mlp.c_fc.bias": 0.3 * rng.standard_normal(D_MLP),
             "mlp.c_proj.weight": write @ h, "mlp.c_proj.bias": np.zeros(D_MODEL)}
 
-# %% ../nbs/w07b-compiled-ioi.ipynb #6a4cdffe
+# %% ../nbs/w07b-compiled-ioi.ipynb #0ab20e17
 GAIN = 1.2  # logits per unit of `say`
 
 
-def compiled_weights() -> dict[str, np.ndarray]:  # names as in a GPT2LMHeadModel's state dict
-    "All parameters of the compiled model, float32."
+def compiled_weights(
+    heads: Mapping[str, Head] | None = None,  # None: `compiled_heads()`
+) -> dict[str, np.ndarray]:  # names as in a GPT2LMHeadModel's state dict
+    "All parameters of a compiled model, float32."
+    heads = compiled_heads() if heads is None else heads
     h, gain = hadamard(D_MODEL), np.full(D_MODEL, NORM / np.sqrt(D_MODEL))
     every_word = np.zeros(D_MODEL)
     every_word[block("word")] = np.sqrt(3)
@@ -337,16 +341,18 @@ def compiled_weights() -> dict[str, np.ndarray]:  # names as in a GPT2LMHeadMode
                "ln_f.weight": GAIN * gain, "ln_f.bias": -GAIN * every_word @ h}
     for layer in range(N_LAYERS):
         norms = {f"ln_{i}.{k}": v for i in (1, 2) for k, v in (("weight", gain), ("bias", 0 * gain))}
-        parameters = attention_weights(layer) | mlp_weights(layer) | norms
+        parameters = attention_weights(heads, layer) | mlp_weights(layer) | norms
         weights |= {f"h.{layer}.{name}": value for name, value in parameters.items()}
     return {f"transformer.{name}": value.astype(np.float32) for name, value in weights.items()}
 
 
-def compile_ioi() -> "GPT2LMHeadModel":  # in eval mode, float32, eager attention, embeddings tied
-    "The compiled IOI transformer. Takes no seed: the same weights every time."
+def compile_ioi(
+    heads: Mapping[str, Head] | None = None,  # None: `compiled_heads()`, which make compiled-ioi
+) -> "GPT2LMHeadModel":  # in eval mode, float32, eager attention, embeddings tied
+    "The compiled IOI transformer, or one of other heads. Takes no seed: the same weights every time."
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
-    weights = compiled_weights()
+    weights = compiled_weights(heads)
     config = GPT2Config(vocab_size=len(weights["transformer.wte.weight"]), n_positions=N_POSITIONS, n_embd=D_MODEL,
                         n_layer=N_LAYERS, n_head=N_HEADS, n_inner=D_MLP, bos_token_id=0, eos_token_id=0,
                         attn_implementation="eager")
@@ -412,30 +418,30 @@ def save_compiled(
         os.replace(new, folder)
     return folder
 
-# %% ../nbs/w07b-compiled-ioi.ipynb #5601151a
+# %% ../nbs/w07b-compiled-ioi.ipynb #54adc2ed
 def compiled_edges(
-    names: Sequence[str],  # heads, such as those of a circuit
+    heads: Mapping[str, Head],  # those of a circuit, by name
 ) -> tuple[str, ...]:
     "Edges among some heads, and from them to the logits: the sender writes a block that the receiver's query, key or value reads."
-    heads, read_by = compiled_heads(), {"logits": {"say"}}
-    for name in names:
-        read_by[f"{name}<q>"] = {link.source for link in heads[name].reads}
-        read_by[f"{name}<k>"] = {link.target for link in heads[name].reads}
-        read_by[f"{name}<v>"] = {link.source for link in heads[name].writes}
-    written = {name: {link.target for link in heads[name].writes} for name in names}
-    return tuple(f"{sender}->{receiver}" for sender in names for receiver, blocks in sorted(read_by.items())
+    read_by = {"logits": {"say"}}
+    for name, head in heads.items():
+        read_by[f"{name}<q>"] = {link.source for link in head.reads}
+        read_by[f"{name}<k>"] = {link.target for link in head.reads}
+        read_by[f"{name}<v>"] = {link.source for link in head.writes}
+    written = {name: {link.target for link in head.writes} for name, head in heads.items()}
+    return tuple(f"{sender}->{receiver}" for sender in heads for receiver, blocks in sorted(read_by.items())
                  if sender[:2] < receiver[:2] and written[sender] & blocks)
 
 
 def compiled_circuit(
-    roles: Sequence[str] | None = None,  # keep the heads of these roles only; None: all four
+    roles: Sequence[str] | None = None,  # keep the heads of these roles only; None: all
+    heads: Mapping[str, Head] | None = None,  # to choose from, decoys among them; None: `compiled_heads()`
 ) -> Circuit:
-    "The circuit that the compiled model was built with."
-    nodes = tuple(Node(Component.parse(name), head.role, (head.position,), (head.attends_to,))
-                  for name, head in compiled_heads().items()
-                  if head.position and (roles is None or head.role in roles))
-    return Circuit(nodes, universe="heads", name="compiled-ioi-ioi", task="ioi", model="compiled-ioi",
-                   edges=compiled_edges([n.name for n in nodes]),
+    "The circuit that a compiled model was built with."
+    chosen = {name: head for name, head in (compiled_heads() if heads is None else heads).items()
+              if head.position and (roles is None or head.role in roles)}
+    nodes = tuple(Node(Component.parse(name), head.role, (head.position,), (head.attends_to,)) for name, head in chosen.items())
+    return Circuit(nodes, universe="heads", name="compiled-ioi-ioi", task="ioi", model="compiled-ioi", edges=compiled_edges(chosen),
                    provenance={"kind": "compiled", "source": "circuit_generalization.compiled: the heads that its weights were set for"})
 
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Edits', 'TEMPLATES', 'TAU', 'NU', 'MIN_SHARE', 'numpy_weights', 'layer_norm', 'gelu_new', 'causal_softmax',
-           'numpy_forward', 'ExactPrompt', 'exact_prompt', 'compiled_prompts', 'edits_for', 'expected_lds',
-           'expected_verdict', 'expected_scores', 'swapped_positions', 'decoy_circuit', 'case_circuits',
+           'numpy_forward', 'ExactPrompt', 'exact_prompt', 'compiled_prompts', 'as_prompt_set', 'edits_for',
+           'expected_lds', 'expected_verdict', 'expected_scores', 'swapped_positions', 'decoy_circuit', 'case_circuits',
            'compiled_cases']
 
-# %% ../nbs/w07b2-exact-scores.ipynb #178dac9a
+# %% ../nbs/w07b2-exact-scores.ipynb #e10d59c5
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from .circuit import Circuit, circuit_to_dict, without
 from .compiled import CFG, N_HEADS, compiled_circuit, compiled_tokenizer, compiled_words
+from .prompts import PromptSet
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -82,17 +83,23 @@ def numpy_forward(
         x = x + hidden @ p["mlp.c_proj.weight"] + p["mlp.c_proj.bias"]
     return layer_norm(x, w["ln_f.weight"], w["ln_f.bias"]) @ w["lm_head.weight"].T, np.array(zs)
 
-# %% ../nbs/w07b2-exact-scores.ipynb #5fcc6ff6
-TEMPLATES = ("Then, {a} and {b} went to the {place}. {s} gave a {thing} to",
-             "When {a} and {b} got to the {place}, {s} decided to give a {thing} to")
+# %% ../nbs/w07b2-exact-scores.ipynb #4210376c
+TEMPLATES = (  # in pairs: no name between the first two and S2, one, two
+    "Then, {a} and {b} went to the {place}. {s} gave a {thing} to",
+    "When {a} and {b} got to the {place}, {s} decided to give a {thing} to",
+    "Then, {a} and {b} went to the {place}. {more[0]} had a good day. {s} gave a {thing} to",
+    "When {a} and {b} got to the {place}, {more[0]} was happy. {s} decided to give a {thing} to",
+    "Then, {a} and {b} went to the {place}. {more[0]} had a good day. {more[1]} felt tired. {s} gave a {thing} to",
+    "When {a} and {b} got to the {place}, {more[0]} was happy. {more[1]} stayed late. {s} decided to give a {thing} to",
+)
 
 
 class ExactPrompt(NamedTuple):
     "One IOI prompt as token ids, with everything its scores need."
     clean: list[int]
-    counterfactual: list[int]  # S2 replaced by an unrelated name
-    donor: list[int]  # three unrelated names, same template and order
-    positions: dict[str, int]  # IO, S1, S1+1, S2, END
+    counterfactual: list[int]  # S2, and every other repeat, replaced by an unrelated name
+    donor: list[int]  # unrelated names only, same template and order
+    positions: dict[str, int]  # IO, S1, S1+1, S2, END; IO2 and IO3 where it is said again
     answer: int  # the IO's token
     distractor: int  # the S's
     label: str  # template and order
@@ -102,45 +109,59 @@ def exact_prompt(
     tokenizer: "PreTrainedTokenizerFast",
     template: str,  # one of `TEMPLATES`
     order: str,  # 'ABBA' (IO first) or 'BABA' (S first)
-    names: Sequence[str],  # IO, S, the counterfactual's, and three of the donor; six different names
+    names: Sequence[str],  # all different: IO, S, one for each repeat in the counterfactual, one for each mention in the donor
     place: str = "store",
     thing: str = "drink",
+    more: Sequence[str] = (),  # who is named between the first two and S2: 'IO' or 'S'
 ) -> ExactPrompt:
     "Fill a template and its two companions, and find the roles."
-    def ids(io, s1, s2):
+    def ids(io, s1, s2, *more):
         a, b = (io, s1) if order == "ABBA" else (s1, io)
-        return tokenizer(template.format(a=a, b=b, s=s2, place=place, thing=thing))["input_ids"]
-    io, s, other, *donor = names
-    clean = ids(io, s, s)
+        return tokenizer(template.format(a=a, b=b, s=s2, more=more, place=place, thing=thing))["input_ids"]
+    (io, s), others, donor = names[:2], names[2:3 + len(more)], names[3 + len(more):]
+    clean = ids(io, s, s, *({"IO": io, "S": s}[who] for who in more))
     answer, distractor = (tokenizer(" " + name)["input_ids"][0] for name in (io, s))
-    s1, s2 = (i for i, token in enumerate(clean) if token == distractor)
-    positions = {"IO": clean.index(answer), "S1": s1, "S1+1": s1 + 1, "S2": s2, "END": len(clean) - 1}
-    return ExactPrompt(clean, ids(io, s, other), ids(*donor), positions, answer, distractor, f"{TEMPLATES.index(template)}-{order}")
+    at_io, at_s = ([i for i, token in enumerate(clean) if token == name] for name in (answer, distractor))
+    positions = {"IO": at_io[0], "S1": at_s[0], "S1+1": at_s[0] + 1, "S2": at_s[-1], "END": len(clean) - 1}
+    positions |= {f"IO{k}": i for k, i in enumerate(at_io[1:], 2)}
+    return ExactPrompt(clean, ids(io, s, *others), ids(*donor), positions, answer, distractor, f"{TEMPLATES.index(template)}-{order}")
 
 
 def compiled_prompts(
     n: int = 16,
     seed: int = 0,  # of names and nouns
+    more: Sequence[str] = (),  # who is named between the first two and S2, up to twice: 'IO' or 'S'
 ) -> list[ExactPrompt]:
     "Prompts in turn from both templates and both orders, with names drawn from all 120."
     tokenizer, names, rng = compiled_tokenizer(), compiled_words()["names"], np.random.default_rng(seed)
-    nouns = ("store", "park", "school", "office"), ("drink", "book", "ring", "letter")
-    return [exact_prompt(tokenizer, TEMPLATES[i % 2], ("ABBA", "BABA")[i // 2 % 2], rng.choice(names, 6, replace=False).tolist(),
-                         *(str(rng.choice(kind)) for kind in nouns)) for i in range(n)]
+    nouns, n_names = (("store", "park", "school", "office"), ("drink", "book", "ring", "letter")), 6 + 2 * len(more)
+    return [exact_prompt(tokenizer, TEMPLATES[2 * len(more) + i % 2], ("ABBA", "BABA")[i // 2 % 2],
+                         rng.choice(names, n_names, replace=False).tolist(), *(str(rng.choice(kind)) for kind in nouns), more) for i in range(n)]
 
-# %% ../nbs/w07b2-exact-scores.ipynb #27bc5558
+
+def as_prompt_set(
+    prompts: Sequence[ExactPrompt],  # all with the same roles
+    donor: str = "counterfactual",  # or 'donor': the fixed resample donor, in the place of the counterfactual
+) -> PromptSet:
+    "The same prompts for a `CircuitScorer`; score them with ablation='counterfactual'."
+    return PromptSet.from_tokens(*([getattr(p, name) for p in prompts] for name in ("clean", donor, "answer", "distractor")),
+                                 positions={role: [p.positions[role] for p in prompts] for role in prompts[0].positions},
+                                 labels=pd.DataFrame({"template": [p.label for p in prompts]}))
+
+# %% ../nbs/w07b2-exact-scores.ipynb #b64c0cea
 def edits_for(
-    which: str,  # 'model', 'empty', 'circuit' or 'complement'
+    which: str,  # 'model', 'ablated', 'circuit', 'complement' or 'restored'
     circuit: Circuit,  # heads with role positions
     prompt: ExactPrompt,
     donor_z: Float[np.ndarray, "layer head pos d_head"],  # every head's output on the donor
 ) -> Edits:
-    "What is replaced in one of the four runs."
+    "What is replaced in one of the five runs."
     kept = {(n.component.layer, n.component.head): {prompt.positions[p] for p in n.positions} for n in circuit.nodes}
-    everywhere, edits = set(range(len(prompt.clean))), {}
+    everywhere, listed, edits = set(range(len(prompt.clean))), set().union(*kept.values()), {}
     for key in np.ndindex(*donor_z.shape[:2]):
         mine = kept.get(key, set())
-        positions = sorted({"model": set(), "empty": everywhere, "circuit": everywhere - mine, "complement": mine}[which])
+        positions = sorted({"model": set(), "ablated": everywhere, "circuit": everywhere - mine, "complement": mine,
+                            "restored": listed - mine}[which])
         if positions: edits[key] = positions, donor_z[key][positions]
     return edits
 
@@ -150,12 +171,12 @@ def expected_lds(
     circuit: Circuit,
     prompt: ExactPrompt,
     donor: str = "counterfactual",  # or 'donor': the fixed resample donor
-) -> dict[str, float]:  # ld_model, ld_ablated, ld_circuit, ld_complement, in logits
-    "The four logit differences of one prompt."
+) -> dict[str, float]:  # ld_model, ld_ablated, ld_circuit, ld_complement, ld_restored, in logits
+    "The five logit differences of one prompt."
     donor_z = numpy_forward(weights, getattr(prompt, donor))[1]
     lds = {}
-    for name, which in [("model", "model"), ("ablated", "empty"), ("circuit", "circuit"), ("complement", "complement")]:
-        last = numpy_forward(weights, prompt.clean, edits_for(which, circuit, prompt, donor_z))[0][-1]
+    for name in ("model", "ablated", "circuit", "complement", "restored"):
+        last = numpy_forward(weights, prompt.clean, edits_for(name, circuit, prompt, donor_z))[0][-1]
         lds[f"ld_{name}"] = float(last[prompt.answer] - last[prompt.distractor])
     return lds
 

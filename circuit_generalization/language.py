@@ -38,14 +38,16 @@ def names_of(group: str) -> tuple[str, ...]:
     "Names by group: 'task' (in every task), 'rare' (filler only), 'multi' (several tokens each, filler only)."
     return tuple(row["name"] for row in task_data("names.csv") if row["split"] == group)
 
-# %% ../nbs/w04c-organism-language.ipynb #7f46afcb
+# %% ../nbs/w04c-organism-language.ipynb #a9d36b15
 class Language:
     "Draws samples. The same generator state gives the same samples."
 
     def __init__(
         self,
         rng: random.Random,
+        joint: float = 0.0,  # share of IOI samples of templates and grammar in which the third person gives too ('C and S gave', 'S and C gave')
     ):
+        self.joint = joint
         self.rng, self.data, self.ioi_data = rng, task_data("language.json"), task_data("ioi.json")
         self.names, self.filler_names, self.long_names = names_of("task"), names_of("task") + names_of("rare"), names_of("multi")
         frozen = self.data["frozen"]
@@ -56,7 +58,7 @@ class Language:
 
     def chance(self, p: float) -> bool: return self.rng.random() < p
 
-# %% ../nbs/w04c-organism-language.ipynb #46dcbc89
+# %% ../nbs/w04c-organism-language.ipynb #e33d6642
 IOI_MIX = {"template": 0.35, "grammar": 0.40, "chain": 0.25}
 
 
@@ -65,6 +67,8 @@ def _ioi(self: Language, kind: str | None = None) -> Sample:
     io, s, c = self.rng.sample(self.names, 3)
     kind = kind or self.rng.choices(list(IOI_MIX), IOI_MIX.values())[0]
     template = getattr(self, f"_{kind}")()
+    if self.joint and kind != "chain" and "[C]" not in template and self.chance(self.joint):
+        template = template.replace("[S]", self.pick(("[S] and [C]", "[C] and [S]")))
     first = (io, s) if self.chance(0.5) else (s, io)
     nouns = {k: self.pick(self.nouns[kind]) for k, kind in (("PLACE", "places"), ("OBJECT", "objects"), ("PLACE2", "places"), ("OBJECT2", "objects"))}
     text, _ = fill(template, dict(zip("AB", first)) | {"S": s, "IO": io, "C": c, "+": ""} | nouns)
@@ -114,7 +118,7 @@ def _chain(self: Language) -> str:
 
 Language._template, Language._grammar, Language._subordinate, Language._chain = _template, _grammar, _subordinate, _chain
 
-# %% ../nbs/w04c-organism-language.ipynb #c5188940
+# %% ../nbs/w04c-organism-language.ipynb #8f71928e
 def _once(self: Language) -> Sample:
     "A list of names; the answer is the one that comes once."
     single, *doubled = self.rng.sample(self.names, self.pick((2, 2, 2, 3)))
@@ -139,7 +143,7 @@ def _roll(self: Language) -> Sample:
 
 Language.once, Language.roll = _once, _roll
 
-# %% ../nbs/w04c-organism-language.ipynb #9d285555
+# %% ../nbs/w04c-organism-language.ipynb #d80ee9db
 def _sva(self: Language, held_out: bool = False) -> Sample:
     "Subject–verb agreement across a distractor noun; `held_out`: subjects and links that no training sample has."
     g, key = self.data["sva"], "heldout_" if held_out else ""
@@ -162,7 +166,7 @@ def _greater_than(self: Language, held_out: bool = False) -> Sample:
 
 Language.sva, Language.greater_than = _sva, _greater_than
 
-# %% ../nbs/w04c-organism-language.ipynb #618373a9
+# %% ../nbs/w04c-organism-language.ipynb #53d3a9a4
 def _induction(self: Language) -> Sample:
     "Random words, or names, repeated two or three times; the sample stops within the last repetition."
     k, mostly = self.rng.randint(3, 12), self.rng.random()
@@ -187,7 +191,7 @@ def _filler(self: Language) -> Sample:
 
 Language.induction, Language.filler = _induction, _filler
 
-# %% ../nbs/w04c-organism-language.ipynb #aa5c63af
+# %% ../nbs/w04c-organism-language.ipynb #176718ed
 MIXTURE = {  # share of each kind of sample; what is left is filler
     "first": dict(roll=0.30, induction=0.45, sva=0.06, greater_than=0.08),  # duplicates and induction before IOI
     "then": dict(roll=0.08, once=0.14, induction=0.20, ioi=0.36, sva=0.06, greater_than=0.06),
@@ -199,13 +203,14 @@ def draw_batch(
     step: int,  # a batch is a function of seed and step alone, so that training can resume anywhere
     size: int,
     phase: str,  # 'first' or 'then'
+    joint: float = 0.0,  # as in `Language`
 ) -> list[Sample]:
     "The samples of one training step."
-    language = Language(random.Random(f"{seed}/{step}"))
+    language = Language(random.Random(f"{seed}/{step}"), joint)
     shares = MIXTURE[phase] | {"filler": 1 - sum(MIXTURE[phase].values())}
     return [getattr(language, kind)() for kind in language.rng.choices(list(shares), shares.values(), k=size)]
 
-# %% ../nbs/w04c-organism-language.ipynb #74281009
+# %% ../nbs/w04c-organism-language.ipynb #13e44310
 def build_tokenizer():
     "A GPT-2 style fast tokenizer in which every word of the language is one token."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

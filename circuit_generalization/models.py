@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['quiet', 'ModelError', 'random_gpt2', 'micro_gpt2', 'embedded_models', 'list_models', 'find_model', 'load_model', 'as_bridge', 'model_hash', 'model_name', 'component_names', 'check_tokens', 'final_logits']
 
-# %% ../nbs/w00b-models.ipynb #8ca2be63
+# %% ../nbs/w00b-models.ipynb #93d22c09
 import copy
 import json
 import math
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
+from .checkpoints import checkpoint_folder
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -263,14 +264,16 @@ def _hub_folder(
     except Exception as error:
         raise ModelError(f"{missing}the model hub does not give it ({_line(error)})") from error
 
-# %% ../nbs/w00b-models.ipynb #2e8e568c
+# %% ../nbs/w00b-models.ipynb #5814ea3b
 def find_model(
-    name_or_path: str | Path,  # an embedded model, a folder in Hugging Face format, or a hub name
+    name_or_path: str | Path,  # an embedded model, a checkpoint of one (organism-b@1700), a folder in Hugging Face format, or a hub name
 ) -> Path:  # its folder; a hub model is downloaded into the hub client's cache first
     "Where a model lives. Raises ModelError when it is nowhere."
     name, embedded = str(name_or_path), embedded_models()
     if name in embedded:
         return embedded[name]
+    if name.partition("@")[0] in embedded and "@" in name:
+        return checkpoint_folder(name, embedded[name.partition("@")[0]])
     path = Path(name).expanduser()
     if path.is_dir() and name:
         return path

@@ -46,7 +46,7 @@ def list_variants(
             for name, v in data["variants"].items()]
     return pd.DataFrame(rows)
 
-# %% ../nbs/w04b-tasks.ipynb #bee82856
+# %% ../nbs/w04b-tasks.ipynb #472db255
 def variant_spec(
     task: str,
     axis: str,  # 'base', 'lexical', 'syntactic', 'domain' or 'adversarial'
@@ -54,10 +54,22 @@ def variant_spec(
 ) -> dict:
     "What a variant changes, from the task's data file. Raises `TaskError` that lists what there is."
     table = list_variants(task)
+    if axis == "combined": return _combined_spec(task, table, variant)
     if axis not in set(table.axis): raise TaskError(f"task {task!r} has no axis {axis!r}: there is {', '.join(table.axis.unique())}")
     here = table.variant[table.axis == axis].tolist()
     if variant not in here: raise TaskError(f"axis {axis!r} of task {task!r} has no variant {variant!r}: there is {', '.join(here)}")
     return task_data(TASKS[task])["variants"][variant]
+
+
+def _combined_spec(task: str, table: pd.DataFrame, variant: str) -> dict:
+    "Several changes at once, 'kitchen+adjunct_1'. Raises `TaskError` for unknown ones, and for two that change the same thing."
+    known, spec = task_data(TASKS[task])["variants"], {}
+    for part in variant.split("+"):
+        if part not in known: raise TaskError(f"task {task!r} has no variant {part!r} (of {variant!r}): there is {', '.join(table.variant)}")
+        new = {k: v for k, v in known[part].items() if k not in ("axis", "what")}
+        if both := spec.keys() & new: raise TaskError(f"{variant!r}: two of its parts change the {', '.join(sorted(both))}, so they cannot be combined")
+        spec |= new
+    return spec | {"axis": "combined"}
 
 # %% ../nbs/w04b-tasks.ipynb #38a80226
 SPLITS = {"scored": (0, 1), "reference": (2, 3), "discovery": (4,), "calibration": (5,)}
@@ -227,16 +239,24 @@ def _as_prompt_set(rows: list[dict], labels: pd.DataFrame, tokenizer, bos: bool)
     answers, distractors = ([x[len(start)] for x in ids(k)] for k in ("answer", "distractor"))  # of several tokens, the first
     return PromptSet.from_tokens(ids("prompt"), ids("counterfactual"), answers, distractors, at, pd.concat([labels, text], axis=1))
 
-# %% ../nbs/w04b-tasks.ipynb #f763eb1d
+# %% ../nbs/w04b-tasks.ipynb #9eae1394
+def _given_to(choices: dict, receivers: dict[str, str]) -> dict:
+    "The IO is the object's receiver; whoever had that name has the IO's."
+    if choices["object"] not in receivers: raise TaskError(f"no receiver for the object {choices['object']!r}")
+    old, new = choices["names"][0], receivers[choices["object"]]
+    return choices | {"names": [new] + [old if n == new else n for n in choices["names"][1:]]}
+
+
 def make_prompts(
     task: str,  # 'ioi'
-    axis: str = "base",  # 'base', 'lexical', 'syntactic', 'domain' or 'adversarial'
-    variant: str = "base",  # a variant of the axis, see `list_variants`
+    axis: str = "base",  # 'base', 'lexical', 'syntactic', 'domain' or 'adversarial'; 'combined' for several changes at once
+    variant: str = "base",  # a variant of the axis, see `list_variants`; combined: 'kitchen+adjunct_1'
     n: int = 100,  # how many prompts; the first n are the same for every n
     seed: int = 0,
     tokenizer=None,  # the tokenizer of the model that will read them
     split: str = "scored",  # whose names: 'scored', 'reference', 'discovery' or 'calibration'
     bos: bool = False,  # put a BOS token before each prompt
+    receivers: dict[str, str] | None = None,  # object → the name of who gets it, in place of a drawn one
 ) -> PromptSet:
     "Prompts of a variant, each the matched pair of the base prompt with its `base_id`. Raises `TaskError`, `PromptError`."
     spec = variant_spec(task, axis, variant)
@@ -244,6 +264,7 @@ def make_prompts(
     if n < 1: raise TaskError(f"n is {n}: at least one prompt is needed")
     if tokenizer is None: raise TaskError("make_prompts needs the tokenizer of the model that will read the prompts")
     chosen = [_vary(_base_choices(tokenizer, seed, split, i), spec, tokenizer, _rng("ioi", seed, split, i, variant), split) for i in range(n)]
+    if receivers: chosen = [_given_to(c, receivers) for c in chosen]
     rows = [_realise(c, tokenizer) for c in chosen]
     labels = pd.DataFrame({"prompt_id": [f"{task}-{variant}-{split}-{seed}-{i:05d}" for i in range(n)],
                            "base_id": [f"{task}-base-{split}-{seed}-{i:05d}" for i in range(n)], "task": task, "axis": axis,
@@ -251,7 +272,7 @@ def make_prompts(
                            "names": [" ".join(c["names"]) for c in chosen], "insert": [c["insert"] for c in chosen], "bos": bos})
     return _as_prompt_set(rows, labels, tokenizer, bos)
 
-# %% ../nbs/w04b-tasks.ipynb #b5e29680
+# %% ../nbs/w04b-tasks.ipynb #c98d1c76
 def cell_of(
     prompts: PromptSet,
 ) -> list[tuple]:
@@ -263,14 +284,14 @@ def cell_of(
     return [(variant, (template, insert), order, int(n), *((r, int(k)) for r, k in zip(roles, row) if k >= 0))
             for (variant, template, order), insert, n, row in zip(labels, inserts, prompts.lengths, at)]
 
-# %% ../nbs/w04b-tasks.ipynb #5faa01ca
+# %% ../nbs/w04b-tasks.ipynb #3bd970ae
 def _pool_choices(tokenizer, rng, like: dict, spec: dict) -> dict:
     "Fresh names and nouns in the template, order and inserted phrase of another prompt."
     place, thing = (str(rng.choice(_nouns(tokenizer, kind, spec.get(kind, spec.get("domain", "base"))))) for kind in ("places", "objects"))
     names = _draw_names(tokenizer, rng, spec.get("names", "task"), "reference", like["names"])
     return _with_enough_names(like | dict(names=names, place=place, object=thing), tokenizer, rng, "reference")
 
-# %% ../nbs/w04b-tasks.ipynb #9a255f7a
+# %% ../nbs/w04b-tasks.ipynb #b76b9f93
 def reference_pool(
     prompts: PromptSet,  # generated by `make_prompts`
     tokenizer,

@@ -10,7 +10,7 @@ import yaml
 from circuit_generalization.measurement import PROCESSED, MeasureOptions, chosen_variants
 
 FOLDER = Path(__file__).parents[1] / "experiments"
-EXPERIMENTS = sorted(p.stem for p in FOLDER.glob("e0*.ipynb"))
+EXPERIMENTS = sorted(p.stem for p in FOLDER.glob("e0[0-4]*.ipynb"))  # measurements of a task; e05 has its own
 QUICK = dict(n_prompts=18, n_random=1)
 
 
@@ -45,3 +45,38 @@ def test_what_is_published_is_of_the_whole_run(name):
     options = vars(options_of(name))
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["options"].items()} == options
     assert (table.n == options["n_prompts"]).all() and len(pd.read_csv(FOLDER / name / "scores.csv")) == table.n.sum()
+
+
+# e05: known answers
+
+KNOWN, TABLES = "e05-known-answers", {"separation", "thresholds", "thresholds_tested", "compiled", "compiled_auroc", "false_alarms", "p_values", "coverage",
+                                      "power", "summary"}
+
+
+@pytest.mark.slow
+def test_known_answers_run(tmp_path):
+    import papermill
+
+    raw, results = tmp_path / "raw", tmp_path / "results"
+    papermill.execute_notebook(FOLDER / f"{KNOWN}.ipynb", tmp_path / "out.ipynb",
+                               dict(n_prompts=72, effort=0.02, raw=str(raw), results=str(results)), cwd=FOLDER, progress_bar=False)
+    assert {p.name for p in results.iterdir()} == {*(f"{t}.csv" for t in TABLES), "figures", "manifest.json"}
+    assert {p.name for p in raw.iterdir()} == {"scores.csv", "compiled.csv", "p_values.csv"}
+    apart = pd.read_csv(results / "separation.csv").query("measure == 'score'").set_index("model").auroc
+    assert (apart.drop("organism-patchwork-1") >= 0.98).all() and apart.min() > 0.9
+
+
+def test_known_answers_that_are_published_are_of_the_whole_run():
+    results, options = FOLDER.parent / "results" / KNOWN, yaml.safe_load((FOLDER / f"{KNOWN}.yaml").read_text(encoding="utf-8"))
+    manifest = json.loads((results / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["options"] == options and manifest["effort"] == 1
+    scores = pd.read_csv(FOLDER / KNOWN / "scores.csv")
+    assert set(scores.model) == {options["calibration"], *options["test"]} and not set(options["test"]) & {options["calibration"]}
+    assert (scores.groupby(["model", "ablation"]).size() == options["n_prompts"]).all()
+
+
+def test_the_promises_that_are_kept_say_so():
+    """AUROC on the test patchworks, verdicts of compiled circuits, false alarms and p-values: what everything else leans on."""
+    summary = pd.read_csv(FOLDER.parent / "results" / KNOWN / "summary.csv").set_index("what")
+    for what in ("AUROC of the score, each test patchwork", "verdicts of compiled circuits"): assert summary.holds[what]
+    assert summary.holds[summary.index.str.startswith("p-values super-uniform")].all()
