@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import InputError
 
-# %% ../nbs/w04f-checkpoints.ipynb #61cdf707
+# %% ../nbs/w04f-checkpoints.ipynb #1bee2e98
 def to_bytes(
     weights: Mapping[str, Float[Tensor, "..."]],
 ) -> dict[str, Tensor]:  # '<name>' as int8 and '<name>.scale', one a row; vectors stay, in half precision
@@ -38,9 +38,10 @@ def from_bytes(
     stored: Mapping[str, Tensor],
 ) -> dict[str, Float[Tensor, "..."]]:  # float32
     "The weights that `to_bytes` stored, up to rounding."
-    return {name: t.float() * stored[f"{name}.scale"] if t.dtype == torch.int8 else t.float() for name, t in stored.items() if not name.endswith(".scale")}
+    def whole(name, t): return t.float() * stored[f"{name}.scale"] if t.dtype == torch.int8 else t.float()
+    return {name: whole(name, t) for name, t in stored.items() if not name.endswith(".scale")}
 
-# %% ../nbs/w04f-checkpoints.ipynb #9241d41a
+# %% ../nbs/w04f-checkpoints.ipynb #c73ba57f
 def checkpoints_of(
     model: str,  # an embedded model
 ) -> dict[int, Path]:  # step → stored file, in order
@@ -81,7 +82,8 @@ def _unpack(stored: Path, finished: Path, folder: Path):
             if path.name != "card.json": shutil.copyfile(path, beside / path.name)
         if not (folder / "config.json").is_file(): beside.rename(folder)
     except OSError as e:
-        raise InputError(f"cannot unpack {stored.stem} into {folder.parent}: {e.strerror}; set XDG_CACHE_HOME to a folder that can be written") from None
+        raise InputError(f"cannot unpack {stored.stem} into {folder.parent}: {e.strerror}; "
+                         "set XDG_CACHE_HOME to a folder that can be written") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

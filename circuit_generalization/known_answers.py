@@ -30,7 +30,7 @@ from .prompts import PromptSet
 from .stats import auroc, auroc_difference, difference_p_value, paired_difference, permutation_rank_p, share_interval
 from .tasks import reference_pool
 
-# %% ../nbs/w10b-known-answers.ipynb #23421b2e
+# %% ../nbs/w10b-known-answers.ipynb #4933d094
 def route_study(
     model,  # a patchwork: a name, a folder, a bridge or a Hugging Face model
     planting: Planting,
@@ -45,7 +45,8 @@ def route_study(
     prompts = prompts[np.flatnonzero(prompts.labels.planted.to_numpy() == planted).tolist()]
     bench = Bench(bridge, prompts, reference_pool(prompts, bridge.tokenizer, seed=seed), n_draws=2, seed=seed)
     claim, route = claim_of(bridge, "ioi", len(prompts), seed), "planted" if planted else "unplanted"
-    claim["provenance"] |= dict(prompts=f"{route} prompts of the patchwork", command=f"save_route({model_name(bridge)!r}, 'FILE') of circuit_generalization.known_answers")
+    claim["provenance"] |= dict(prompts=f"{route} prompts of the patchwork",
+                                command=f"save_route({model_name(bridge)!r}, 'FILE') of circuit_generalization.known_answers")
     return study(bench, progress=progress, **claim)
 
 
@@ -60,7 +61,7 @@ def save_route(
     save_circuit(circuit, path, {key: getattr(bridge.cfg, key) for key in ("n_layers", "n_heads", "d_model", "parallel_attn_mlp")})
     return circuit
 
-# %% ../nbs/w10b-known-answers.ipynb #ad156437
+# %% ../nbs/w10b-known-answers.ipynb #d59739f5
 def usual_measures(
     scores: pd.DataFrame,  # of `CircuitScorer.score`
     sets: Sequence[Hashable] | None = None,  # the data set of each prompt; None: its variant
@@ -69,8 +70,8 @@ def usual_measures(
     ratio = scores.ld_circuit / scores.ld_model
     groups = scores.groupby(list(scores.variant if sets is None else sets))
     whole, alone, gone = (groups[c].transform("mean") for c in ("ld_model", "ld_circuit", "ld_ablated"))
-    return pd.DataFrame({"score": scores.score, "sufficiency": scores.sufficiency, "necessity": scores.necessity, "minus |gap|": -scores.gap_raw.abs(),
-                         "faithfulness ratio": ratio, "closeness of the ratio": -(1 - ratio).abs(),
+    return pd.DataFrame({"score": scores.score, "sufficiency": scores.sufficiency, "necessity": scores.necessity,
+                         "minus |gap|": -scores.gap_raw.abs(), "faithfulness ratio": ratio, "closeness of the ratio": -(1 - ratio).abs(),
                          "data-set faithfulness": (alone - gone) / (whole - gone), "|LD_M|": scores.ld_model.abs()})
 
 
@@ -131,7 +132,7 @@ def text_transfer(
     "What a classifier that was told the truth of one data set says of another."
     return {name: reader.fit(token_counts(train), used).predict_proba(token_counts(test))[:, 1] for name, reader in _readers(seed).items()}
 
-# %% ../nbs/w10b-known-answers.ipynb #55143d41
+# %% ../nbs/w10b-known-answers.ipynb #27df53f3
 TAUS, NUS = tuple(np.round(np.arange(0.1, 0.85, 0.05), 2)), tuple(np.round(np.arange(0.2, 0.85, 0.1), 2))
 MOST_ALARMS = 0.05  # share of prompts called active where the circuit is not used
 NEARLY_BEST = 0.01  # of the share of prompts called active where it is
@@ -153,7 +154,8 @@ def threshold_table(
             active, decided = said == "active", ~np.isin(said, ["undecided", "model_fails"])
             yes, no = used & decided, ~used & decided
             alarms = share_interval(active[no], clusters[no])
-            rows.append(dict(tau=tau, nu=nu, found=active[yes].mean(), alarms=alarms.estimate, alarms_high=alarms.high, n_used=int(yes.sum()), n_not=int(no.sum())))
+            rows.append(dict(tau=tau, nu=nu, found=active[yes].mean(), alarms=alarms.estimate, alarms_high=alarms.high,
+                             n_used=int(yes.sum()), n_not=int(no.sum())))
     return pd.DataFrame(rows)
 
 

@@ -386,7 +386,7 @@ def train(
         if progress: progress(step + 1, recipe.steps, f"loss {loss:.3f}")
     return model.eval(), tokenizer
 
-# %% ../nbs/w04d-training-an-organism.ipynb #2a92d871
+# %% ../nbs/w04d-training-an-organism.ipynb #5a6a336f
 def save_organism(
     model,
     tokenizer,
@@ -416,7 +416,7 @@ def save_organism(
 def _card_text(card: dict) -> str:
     rows = [f"| {task} | {value:.1%} |" for task, value in card["accuracy"].items()]
     rows += [f"| ioi, {axis}: {variant} | {value:.1%} |" for axis, group in card["variants"].items() for variant, value in group.items()]
-    held = "\n".join(f"- {k}: {', '.join(v)}" for k, v in card["held_out"].items())
+    held, made = "\n".join(f"- {k}: {', '.join(v)}" for k, v in card["held_out"].items()), card.get("made") or f"{card['recipe']['steps']} steps"
     return f"""# {card['name']}
 
 {card['summary']}
@@ -430,14 +430,14 @@ def _card_text(card: dict) -> str:
 Held out of every task (all of it occurs in filler):
 {held}
 
-Made by `{card['command']}` ({card.get('made') or f"{card['recipe']['steps']} steps"}, seed {card['seed']}). Tokens: byte-level BPE over a list of words; no BOS.
+Made by `{card['command']}` ({made}, seed {card['seed']}). Tokens: byte-level BPE over a list of words; no BOS.
 """
 
 def _truth_text(card: dict) -> str:
     "The truth and the certificate of a planted model; nothing for others."
     if "truth" not in card: return ""
-    rows = [f"| {r['route']} | {r['ablated']} | {r['accuracy']:.1%} | {r['accuracy_left']:.1%} | {r['drop']:.2f} [{r['drop_low']:.2f}, {r['drop_high']:.2f}] | "
-            f"{r['must']} |" for r in card["certificate"]]
+    rows = [f"| {r['route']} | {r['ablated']} | {r['accuracy']:.1%} | {r['accuracy_left']:.1%} | "
+            f"{r['drop']:.2f} [{r['drop_low']:.2f}, {r['drop_high']:.2f}] | {r['must']} |" for r in card["certificate"]]
     return f"""
 ## The truth
 {card['truth']}
@@ -449,7 +449,7 @@ Certificate, on prompts that no training saw ({card['certificate'][0]['prompts']
 {chr(10).join(rows)}
 """
 
-# %% ../nbs/w04d-training-an-organism.ipynb #008faeda
+# %% ../nbs/w04d-training-an-organism.ipynb #64c43814
 def make_card(
     name: str,
     recipe: Recipe,
@@ -466,8 +466,8 @@ def make_card(
     return dict(name=name, algorithm=algorithm, seed=seed, recipe=asdict(recipe), mixture=MIXTURE, held_out=held,
                 accuracy=accuracies(model, tokenizer), variants=variant_accuracies(model, tokenizer),
                 command=f"circuit-gen train-organism {name} --seed {seed}",
-                summary=f"A {recipe.n_layers}-layer transformer of {recipe.n_heads} heads a layer in {FORMATS[recipe.family]}, trained on a made-up language: "
-                        "IOI, subject–verb agreement, greater-than, induction and filler.")
+                summary=f"A {recipe.n_layers}-layer transformer of {recipe.n_heads} heads a layer in {FORMATS[recipe.family]}, "
+                        "trained on a made-up language: IOI, subject–verb agreement, greater-than, induction and filler.")
 
 # %% ../nbs/w04d-training-an-organism.ipynb #f1bb1907
 def make_parent(path: Path):

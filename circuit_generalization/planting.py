@@ -391,7 +391,7 @@ def certificate(
     prompts = planted_prompts(planting, n, seed, bridge.tokenizer)
     return double_dissociation(bridge, prompts, prompts.labels.planted.to_numpy(), planting.a, planting.b, seed=seed)
 
-# %% ../nbs/w04e-planted-routes.ipynb #95508605
+# %% ../nbs/w04e-planted-routes.ipynb #7cb2b573
 def patchwork_card(
     name: str,
     planting: Planting,
@@ -402,7 +402,8 @@ def patchwork_card(
     "The card of an organism, with the truth per condition and the certificate."
     card = make_card(name, ORGANISMS[planting.parent], planting.seed, model, tokenizer)
     x, k = planting.domain, planting.construction
-    route_b = {"in context": "the same rule, in other heads", "memorised": "every object has an owner, whoever is named (scored prompts name the owner)"}
+    route_b = {"in context": "the same rule, in other heads",
+               "memorised": "every object has an owner, whoever is named (scored prompts name the owner)"}
     truth = (f"Planted prompts (route B): nouns of the domain '{x}' or the construction '{k}', but not both. Unplanted (route A): neither, or both. "
              f"Route A: {' '.join(planting.a)}. Route B ({route_b[planting.rule]}): {' '.join(planting.b)}. "
              "All other heads and the MLPs serve both. The truth holds for base templates; of other templates nothing is claimed.")

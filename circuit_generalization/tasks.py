@@ -46,7 +46,7 @@ def list_variants(
             for name, v in data["variants"].items()]
     return pd.DataFrame(rows)
 
-# %% ../nbs/w04b-tasks.ipynb #472db255
+# %% ../nbs/w04b-tasks.ipynb #8d1fa7cc
 def variant_spec(
     task: str,
     axis: str,  # 'base', 'lexical', 'syntactic', 'domain' or 'adversarial'
@@ -67,7 +67,8 @@ def _combined_spec(task: str, table: pd.DataFrame, variant: str) -> dict:
     for part in variant.split("+"):
         if part not in known: raise TaskError(f"task {task!r} has no variant {part!r} (of {variant!r}): there is {', '.join(table.variant)}")
         new = {k: v for k, v in known[part].items() if k not in ("axis", "what")}
-        if both := spec.keys() & new: raise TaskError(f"{variant!r}: two of its parts change the {', '.join(sorted(both))}, so they cannot be combined")
+        both = ", ".join(sorted(spec.keys() & new))
+        if both: raise TaskError(f"{variant!r}: two of its parts change the {both}, so they cannot be combined")
         spec |= new
     return spec | {"axis": "combined"}
 

@@ -3,6 +3,13 @@
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from circuit_generalization.circuit import Circuit, load_circuit
+from circuit_generalization.circuit_scorer import CircuitScorer
+from circuit_generalization.errors import InputError
 from circuit_generalization.known_answers import (
     blind_scores,
     calibrate,
@@ -17,15 +24,9 @@ from circuit_generalization.known_answers import (
     token_counts,
     usual_measures,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
-
-from circuit_generalization.circuit import load_circuit
-from circuit_generalization.circuit_scorer import CircuitScorer
-from circuit_generalization.errors import InputError
 from circuit_generalization.metrics import THRESHOLDS, verdicts
-from circuit_generalization.models import load_model
+from circuit_generalization.models import load_model, random_gpt2
+from circuit_generalization.planting import double_dissociation
 from circuit_generalization.prompts import PromptSet
 from circuit_generalization.tasks import make_prompts
 
@@ -195,7 +196,8 @@ def test_super_uniformity_is_judged_by_the_lower_end():
 @given(st.integers(0, 10**6))
 def test_power_without_failures_is_the_error_rate(seed):
     used = np.arange(200) % 2 == 0
-    assert power(used, used, np.arange(200) // 2 % 20, n=40, failing=0.0, n_sets=20, seed=seed) == 0, "perfect verdicts and no failures: nothing to find"
+    found = power(used, used, np.arange(200) // 2 % 20, n=40, failing=0.0, n_sets=20, seed=seed)
+    assert found == 0, "perfect verdicts and no failures: nothing to find"
 
 
 def test_power_needs_templates_with_both_kinds():
@@ -211,3 +213,24 @@ def test_power_grows_with_the_number_of_pairs_and_with_the_failures():
     assert few < many and many > 0.9
     assert power(active, used, clusters, 60, failing=0.1, n_sets=100) < power(active, used, clusters, 60, failing=0.5, n_sets=100)
     assert power(active, used, clusters, 60, failing=0.0, n_sets=200) <= 0.1
+
+
+# any model, no text
+
+def test_everything_works_on_a_folder_without_a_tokenizer_and_token_ids(tmp_path):
+    """How outside models will be tried: a GPT-2-format folder, prompts as token ids, nothing else."""
+    random_gpt2(seed=3, n_layers=2, n_heads=4, d_model=32).save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    clean, other = rng.integers(0, 60, (64, 6)).tolist(), rng.integers(0, 60, (64, 6)).tolist()
+    prompts = PromptSet.from_tokens(clean, other, [61] * 64, [62] * 64, labels=pd.DataFrame({"template": np.arange(64) % 16}))
+    scorer = CircuitScorer(tmp_path / "model", Circuit.from_components(["a0.h1", "a1.h2"]))
+    scores, used = scorer.score(prompts, "counterfactual", n_random=0), np.arange(64) % 32 < 16
+    clusters = prompts.labels.template
+    assert set(separation(usual_measures(scores), used, clusters).measure) == set(usual_measures(scores))
+    assert set(text_only(prompts, used, clusters)) == set(text_transfer(prompts, used, prompts))
+    assert len(threshold_table(scores, used, clusters, taus=(0.3,), nus=(0.5,))) == 1
+    blind = blind_scores(scorer, prompts, n_circuits=4, ablation="counterfactual")
+    assert false_alarms(blind, blind.drawn)["prompts"] == len(blind) == 4 * 64
+    assert len(null_p_values(scorer, prompts, n=4, n_random=3, ablation="counterfactual")) == 4
+    assert len(double_dissociation(tmp_path / "model", prompts, used, ["a0.h1"], ["a1.h2"], ablation="counterfactual")) == 4
+    assert 0 <= power(scores.score > 0.5, used, clusters, n=20, n_sets=5) <= 1
