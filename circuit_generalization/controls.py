@@ -52,7 +52,7 @@ def overlap(
     "Share of the circuit's components that the other has too."
     return len(set(circuit.components) & set(other.components)) / max(len(circuit), 1)
 
-# %% ../nbs/w10-controls.ipynb #6f2f3e61
+# %% ../nbs/w10-controls.ipynb #51bcc7d3
 import copy
 import re
 from collections.abc import Callable, Hashable, Sequence
@@ -67,6 +67,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .circuit import load_circuit
+from .evidence import need_columns, pair_up
 from .models import ModelError, as_bridge, model_name, quiet
 from .prompts import PromptSet
 from .stats import paired_difference, permutation_rank_p
@@ -265,20 +266,17 @@ def permuted_labels(
     null = [value(np.where(swap, b, a), np.where(swap, a, b)) for swap in swaps[:, codes]]
     return NullTest(observed, np.array(null), two_sided, exact)
 
-# %% ../nbs/w10-controls.ipynb #9ec06304
+# %% ../nbs/w10-controls.ipynb #5e1f9538
 def variant_pairs(
     scores: pd.DataFrame,  # of `CircuitScorer.score`, base prompts and variants: one row a prompt
     variant: str,
     value: str = "active",  # column to compare
 ) -> tuple[Float[np.ndarray, " pair"], Float[np.ndarray, " pair"], np.ndarray]:  # variant, base, template
     "Matched pairs in which the prompt changed and the model is right on both, for `permuted_labels`. Raises `InputError` for none."
-    needed = ["prompt_id", "base_id", "variant", "template", "prompt", "ld_model", value]
-    missing = [c for c in needed if c not in scores]
-    if missing: raise InputError(f"the scores have no column {', '.join(missing)}: pass the table of CircuitScorer.score, or scores.csv")
+    need_columns(scores, f"prompt_id base_id variant template prompt ld_model {value}")
     if not scores.prompt_id.is_unique: raise InputError("a prompt is there more than once: pass the scores of one ablation only")
-    right = scores[scores.ld_model > 0]
-    both = right[right.variant == variant].merge(right, left_on="base_id", right_on="prompt_id", suffixes=("", "_base"))
-    both = both[both.prompt != both.prompt_base]
+    both = pair_up(scores[scores.variant == variant], scores, value)
+    both = both[(both.ld_model > 0) & (both.ld_model_base > 0)]
     if both.empty:
         raise InputError(f"variant {variant!r} has no matched pair on which the model is right twice: there is {', '.join(scores.variant.unique())}")
     return both[value].to_numpy(float), both[f"{value}_base"].to_numpy(float), both.template.to_numpy()

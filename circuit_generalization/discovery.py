@@ -237,9 +237,9 @@ def path_effects(
         if progress: progress(i + 1, len(pairs), "path patching")
     return pd.DataFrame(rows, columns=["sender", "receiver", "input", "effect"])
 
-# %% ../nbs/w07d-discovery.ipynb #c65ef1d2
+# %% ../nbs/w07d-discovery.ipynb #755b3af5
 LEAST_ATTENTION = 0.2  # mean attention below which a head is not said to read a token
-NEARLY = 0.9  # a head that reads the IO nearly as much as the token that it reads most is a mover: it moves every name
+NEARLY = 0.9  # a token that a head reads nearly as much as its first choice: see the two uses below
 
 
 def role_of(
@@ -253,7 +253,9 @@ def role_of(
     others = reads.dropna()
     if others.empty or others.max() < LEAST_ATTENTION: return "unnamed", None
     token = str(others.idxmax())
-    if position == "END" and others.filter(["IO", "IO+1"]).max() > NEARLY * others.max(): token = str(others.filter(["IO", "IO+1"]).idxmax())
+    if position == "END" and others.filter(["IO", "IO+1"]).max() > NEARLY * others.max():  # it moves every name
+        token = str(others.filter(["IO", "IO+1"]).idxmax())
+    if position == "S2" and others.get("S1", 0) > NEARLY * others.max(): token = "S1"  # it reads a token and its copies alike, itself too
     if position == "S2" and token in ("S1", "S1+1"): return ("duplicate token" if token == "S1" else "induction"), token
     if position == f"{token}+1": return "previous token", token
     if position == "END-2" and token.startswith("S"): return "S relay", token

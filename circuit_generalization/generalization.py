@@ -6,20 +6,18 @@
 __all__ = ['TABLE_COLUMNS', 'SETTING', 'VETO', 'variant_row', 'setting_name', 'ablations_table', 'generalises',
            'generalization_table']
 
-# %% ../nbs/w09-generalization.ipynb #62eb3516
+# %% ../nbs/w09-generalization.ipynb #41fcab6e
 import numpy as np
 import pandas as pd
 
-from .evidence import conclusion, equivalence_p_value, right_and_active, right_for_another_reason, smallest_difference
+from .evidence import conclusion, equivalence_p_value, pair_up, right_and_active, right_for_another_reason, smallest_difference
 from .metrics import VERDICTS, mean_of_ratios, ratio_of_means
 from .stats import benjamini_hochberg, cluster_interval, difference_p_value, paired_difference
 
-# %% ../nbs/w09-generalization.ipynb #a49988e7
+# %% ../nbs/w09-generalization.ipynb #71c137f0
 def _pairs(variant: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     "Matched pairs in which something changed: right and active on either side, and the variant's template."
-    mine, theirs = variant[["base_id", "template", "prompt", "ld_model", "active"]], base[["prompt_id", "prompt", "ld_model", "active"]]
-    both = mine.merge(theirs, left_on="base_id", right_on="prompt_id", suffixes=("", "_base"))
-    both = both[both.prompt != both.prompt_base]
+    both = pair_up(variant, base)
     return both.assign(right=both.ld_model > 0, right_base=both.ld_model_base > 0)
 
 # %% ../nbs/w09-generalization.ipynb #2afca219

@@ -168,7 +168,7 @@ def calibrate(
     best = safe[safe.found >= safe.found.max() - NEARLY_BEST].sort_values(["tau", "nu"], ascending=[True, False]).iloc[0]
     return replace(THRESHOLDS, tau=float(best.tau), nu=float(best.nu))
 
-# %% ../nbs/w10b-known-answers.ipynb #17cccb7d
+# %% ../nbs/w10b-known-answers.ipynb #eb1c3f2b
 def blind_scores(
     scorer: CircuitScorer,  # of the circuit whose shape is drawn
     prompts: PromptSet,
@@ -232,14 +232,14 @@ def null_p_values(
 def super_uniform(
     p: Float[np.ndarray, " p"],  # independent
     levels: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.5),
-) -> pd.DataFrame:  # alpha, share of p <= alpha, its 95% interval, holds
-    "Is a p as small as alpha no more frequent than alpha? It holds where the interval's lower end does not exceed alpha."
+) -> pd.DataFrame:  # alpha, share of p <= alpha, its interval, holds
+    "Is a p as small as alpha no more frequent than alpha? It holds where the lower end does not exceed alpha; the levels share the 5% (Bonferroni)."
     from statsmodels.stats.proportion import proportion_confint
 
     p, rows = p[np.isfinite(p)], []
     for alpha in levels:
         hits = int((p <= alpha + 1e-12).sum())
-        low, high = proportion_confint(hits, len(p), method="wilson")
+        low, high = proportion_confint(hits, len(p), alpha=0.05 / len(levels), method="wilson")
         rows.append(dict(alpha=alpha, n=len(p), share=hits / len(p), low=low, high=high, holds=bool(low <= alpha)))
     return pd.DataFrame(rows)
 

@@ -32,7 +32,7 @@ from .language import IOI_MIX, MIXTURE, Language, Sample, build_tokenizer, draw_
 from .models import quiet
 from .tasks import list_variants, make_prompts, task_data
 
-# %% ../nbs/w04d-training-an-organism.ipynb #7c7ba723
+# %% ../nbs/w04d-training-an-organism.ipynb #2f21089a
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides an organism, but its seed."
@@ -71,7 +71,17 @@ ALGORITHMS = {("organism-a", 0): (  # what w07d found in the shipped weights; an
     "attention, against nothing when no name is repeated, and write against the name that they find there. With a third of their attention "
     "they read the token after the IO, where previous token heads (a0.h4, a0.h5) have put the IO's name, and write for it. Two later heads "
     "(a2.h4, a3.h1) do a little of the first again. Like GPT-2 small it detects the duplicate and moves the IO; unlike GPT-2 small, and "
-    "unlike organism-a, it does so in two stages, without induction heads and without a relay.")}
+    "unlike organism-a, it does so in two stages, without induction heads and without a relay."),
+    ("organism-c", 2): (
+    "How it does IOI, as found by `circuit-gen discover` (its circuit is in data/circuits) and by looking at attention: a previous token head "
+    "(a0.h3) writes each first name into the token after it; at S2 an induction head (a1.h1) reads the token after S1 with 95% of its "
+    "attention; that lets three heads at END (a2.h0, a2.h6, a2.h7) find S2, with about twice the attention they give when no name is "
+    "repeated, and they write against the name there. A fourth (a2.h3) reads S2 at any rate: being named right before the verb is reason "
+    "enough for it. Heads of layer 1 (a1.h3, and a1.h2 against it) move both first names to END. Three heads of layer 0 (a0.h0, a0.h1, "
+    "a0.h2) read a name and its earlier copy alike, which makes names stronger wherever they stand. Like GPT-2 small it has previous token, "
+    "duplicate token and induction heads, name movers and a negative one; unlike GPT-2 small, it writes against the subject directly, and "
+    "prefers the other name also where none is repeated: the subject's first mention speaks for it, so without it the logit difference is "
+    "17.2, with it 12.5.")}
 
 # %% ../nbs/w04d-training-an-organism.ipynb #91c4be4b
 def new_model(

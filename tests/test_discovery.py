@@ -91,6 +91,9 @@ def test_pairs_make_a_circuit():
 @pytest.mark.parametrize(("position", "reads", "more", "expected"), [
     ("S2", dict(S1=0.9, IO=0.05), {}, ("duplicate token", "S1")),
     ("S2", {"S1": 0.2, "S1+1": 0.6}, {}, ("induction", "S1+1")),
+    ("S2", dict(S1=0.48, S2=0.5), {}, ("duplicate token", "S1")),
+    ("S2", dict(S1=0.4, S2=0.5), {}, ("unnamed", "S2")),
+    ("S1", dict(S1=0.5, IO=0.48), {}, ("unnamed", "S1")),
     ("IO+1", dict(IO=0.8), {}, ("previous token", "IO")),
     ("END", dict(IO=0.7, S2=0.1), {}, ("name mover", "IO")),
     ("END", dict(IO=0.7, S2=0.1), dict(effect=-0.3), ("negative name mover", "IO")),

@@ -180,7 +180,7 @@ def test_p_values_of_circuits_drawn_at_random_are_super_uniform(compiled):
     p = null_p_values(*compiled, n=200, n_random=9, ablation="counterfactual")
     assert len(p) == 200 and set(np.round(p * 10, 6)) <= set(range(1, 11))
     assert super_uniform(p).holds.all()
-    assert np.array_equal(p[:20], null_p_values(*compiled, n=20, n_random=9, ablation="counterfactual")[:20]) or len(p) > 36
+    assert np.array_equal(null_p_values(*compiled, n=12, n_random=9, ablation="counterfactual"), p[:12])
 
 
 def test_super_uniformity_is_judged_by_the_lower_end():

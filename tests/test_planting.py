@@ -115,10 +115,11 @@ def test_a_donor_is_the_prompt_with_other_names(name, tokenizer):
             assert len(a) == len(b) and sorted(differing) == sorted([io, s, s])
             others = {tokenizer.decode([y]).strip() for x, y in zip(a, b) if x != y}
             assert len(others) == 3 and not others & {answer, s, io}
-    assert all(CONSTRUCTED(drawer, built) for built in (True, False))
+    assert all(all_have(drawer, built) for built in (True, False))
 
 
-def CONSTRUCTED(drawer, built):
+def all_have(drawer, built):
+    "Is the construction there in every prompt that is to have it, and in no other?"
     known = planting_module.CONSTRUCTIONS[drawer.planting.construction]
     for k in range(20):
         prompt = drawer.texts_of(random.Random(k), False, built)[0]

@@ -149,12 +149,11 @@ def test_certainty_is_counted_in_templates_not_in_prompts(g, per_cluster):
     assert "alike" in interval.method
 
 
-def test_templates_that_agree_too_well_are_worth_no_more_than_their_prompts():
+def test_templates_that_agree_too_well_are_worth_little_more_than_their_prompts():
     outcomes, labels = np.tile([1.0, 1.0, 1.0, 0.0, 0.0], 12), np.repeat(np.arange(12), 5)
-    interval, t = share_interval(outcomes, labels), distributions.t.ppf(0.975, 11)
-    centre, half = 0.6 + t**2 / 120, t * math.sqrt(0.24 / 60 + t**2 / (4 * 60**2))
-    assert (interval.low, interval.high) == pytest.approx(
-        ((centre - half) / (1 + t**2 / 60), (centre + half) / (1 + t**2 / 60)))
+    interval, t, n = share_interval(outcomes, labels), distributions.t.ppf(0.975, 11), 90  # one and a half times 60
+    centre, half = 0.6 + t**2 / (2 * n), t * math.sqrt(0.24 / n + t**2 / (4 * n**2))
+    assert (interval.low, interval.high) == pytest.approx(((centre - half) / (1 + t**2 / n), (centre + half) / (1 + t**2 / n)))
 
 
 def test_duplicating_every_prompt_in_its_template_adds_nothing_when_templates_are_all_or_none():
@@ -349,6 +348,17 @@ def test_made_up_data_has_the_share_and_correlation_asked_for():
     assert np.bincount(labels).max() > 4 * np.bincount(labels).mean()
     a, b, labels = draw_pairs(rng, shares=(0.5, 0.9), icc=0.3, n_clusters=3000)
     assert (a.mean(), b.mean()) == pytest.approx((0.5, 0.9), abs=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_clusters, mean_size", [(10, 10.0), (18, 5.5), (30, 5.5)])
+@pytest.mark.parametrize("icc", [0.05, 0.2])
+def test_intervals_of_our_designs_cover_93_to_97_percent(icc, n_clusters, mean_size):
+    "The promise; three standard errors of the simulation beside it."
+    design = dict(icc=icc, n_clusters=n_clusters, mean_size=mean_size)
+    share = coverage_simulation(share_interval, partial(draw_share, share=0.74, **design), 0.74, 2000)
+    pairs = coverage_simulation(paired_difference, partial(draw_pairs, shares=(0.5, 0.74), **design), -0.24, 2000)
+    assert 0.915 <= share["covered"] <= 0.98 and 0.915 <= pairs["covered"] <= 0.98
 
 
 @pytest.mark.slow
