@@ -6,7 +6,7 @@
 __all__ = ['ABLATIONS', 'STOCHASTIC', 'Activations', 'capture', 'each', 'Mask', 'universe_mask', 'circuit_mask', 'Ablation',
            'pool_members', 'draw_donors', 'Replacements']
 
-# %% ../nbs/w05-ablation.ipynb #18adb3f6
+# %% ../nbs/w05-ablation.ipynb #cde9a742
 import hashlib
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .circuit import Circuit, check_fits
+from .cone import CleanRun, no_cone
 from .errors import InputError
 from .models import check_tokens
 from .prompts import PromptSet
@@ -31,7 +32,7 @@ class Activations:
     def __getitem__(self, index) -> "Activations":
         return Activations(self.z[index], None if self.mlp is None else self.mlp[index])
 
-# %% ../nbs/w05-ablation.ipynb #d375456b
+# %% ../nbs/w05-ablation.ipynb #efb2f4e3
 def capture(
     model,  # a TransformerBridge
     tokens: Int[Tensor, "prompt pos"],  # right-padded token ids
@@ -39,17 +40,25 @@ def capture(
 ) -> Activations:
     "One forward pass; what every component wrote. Raises `InputError` for tokens that the model cannot read."
     check_tokens(model, tokens)
-    layers, kept = range(model.cfg.n_layers), {}
+    whats = ("z", "mlp") if universe == "heads+mlps" else ("z",)
+    if no_cone(model) is None: return Activations(*map(CleanRun(model, tokens).said, whats))
+    return Activations(*_captured(model, tokens, whats))
 
+
+def _captured(
+    model,  # a TransformerBridge
+    tokens: Int[Tensor, "prompt pos"],
+    whats: tuple[str, ...],  # of 'z', 'mlp'
+) -> list[Float[Tensor, "prompt pos layer *component"]]:
+    "The same by hooks: the oracle."
+    layers, kept = range(model.cfg.n_layers), {}
+    names = {what: [f"blocks.{i}.{dict(z='attn.hook_z', mlp='hook_mlp_out')[what]}" for i in layers] for what in whats}
     def keeper(name): return name, lambda value, hook: kept.update({name: value.detach()})
 
-    names = [f"blocks.{i}.attn.hook_z" for i in layers]
-    mlps = [f"blocks.{i}.hook_mlp_out" for i in layers] if universe == "heads+mlps" else []
     first_column = ("unembed.hook_in", lambda stream, hook: stream[:, :1])  # no logits are needed
     with torch.no_grad():
-        model.run_with_hooks(tokens.to(next(model.parameters()).device), fwd_hooks=[*map(keeper, names + mlps), first_column])
-    z = torch.stack([kept[n] for n in names], dim=2)
-    return Activations(z, torch.stack([kept[n] for n in mlps], dim=2) if mlps else None)
+        model.run_with_hooks(tokens.to(next(model.parameters()).device), fwd_hooks=[*map(keeper, sum(names.values(), [])), first_column])
+    return [torch.stack([kept[n] for n in names[what]], dim=2) for what in whats]
 
 # %% ../nbs/w05-ablation.ipynb #a15c9910
 def each(

@@ -8,7 +8,7 @@ __all__ = ['ROLE_TOKENS', 'Pair', 'LEAST_ELSEWHERE', 'TOLERANCE', 'LEAST_ATTENTI
            'prune', 'places', 'reading', 'path_effect', 'path_effects', 'role_of', 'name_roles', 'completeness',
            'minimality', 'Discovery', 'study', 'discover', 'claim_of']
 
-# %% ../nbs/w07d-discovery.ipynb #629743ad
+# %% ../nbs/w07d-discovery.ipynb #1193a2af
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +23,15 @@ from torch import Tensor
 from .ablation import Ablation, Activations, Mask, Replacements, capture, circuit_mask, universe_mask
 from .attention import attention_to
 from .circuit import Circuit, Component, role_components, without
+from .circuit_scorer import ld_under
 from .errors import InputError
-from .forward import Edit, path_patch, run_edits
+from .forward import CleanRun, Edit, clean_run, path_patch
 from .metrics import bounded_score, incompleteness, logit_difference, necessity, sufficiency
 from .models import as_bridge, model_hash, model_name
 from .prompts import PromptSet
 from .tasks import make_prompts, reference_pool
 
-# %% ../nbs/w07d-discovery.ipynb #2c369e46
+# %% ../nbs/w07d-discovery.ipynb #c1ae11a2
 ROLE_TOKENS = ("IO", "IO+1", "S1", "S1+1", "S2", "S2+1", "END-2", "END")  # where effects are looked for, and what heads may read
 
 
@@ -60,10 +61,12 @@ class Bench:
 
     def ld(self, mask: Mask) -> Float[np.ndarray, " prompt"]:
         "LD of each prompt with the mask replaced, mean of the draws."
-        edits = [Edit(mask, new) for new in self.donors]
-        return self.ld_of_logits(run_edits(self.model, self.prompts.tokens, self.prompts.lengths, edits)).mean(0)
+        return ld_under(self.model, self.prompts, [Edit(mask, new) for new in self.donors], self.run).mean(0)
 
     def mask(self, circuit: Circuit) -> Mask: return circuit_mask(circuit, self.prompts, *self.shape)
+
+    @cached_property
+    def run(self) -> CleanRun | None: return clean_run(self.model, self.prompts.tokens, self.prompts.lengths)
 
     @cached_property
     def clean(self) -> Activations: return capture(self.model, self.prompts.tokens, "heads+mlps")

@@ -7,7 +7,7 @@ __all__ = ['TAUS', 'NUS', 'MOST_ALARMS', 'NEARLY_BEST', 'route_study', 'save_rou
            'token_counts', 'text_only', 'text_transfer', 'threshold_table', 'calibrate', 'blind_scores', 'false_alarms',
            'null_p_values', 'super_uniform', 'power']
 
-# %% ../nbs/w10b-known-answers.ipynb #f723d94c
+# %% ../nbs/w10b-known-answers.ipynb #71337e2f
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from .circuit_scorer import CircuitScorer, four_runs, null_scores
 from .controls import overlap, random_circuit
 from .discovery import Bench, Discovery, claim_of, study
 from .errors import InputError
+from .forward import clean_run
 from .metrics import THRESHOLDS, Thresholds, verdicts
 from .models import as_bridge, model_name
 from .planting import Planting, planted_prompts, planting_of
@@ -168,7 +169,7 @@ def calibrate(
     best = safe[safe.found >= safe.found.max() - NEARLY_BEST].sort_values(["tau", "nu"], ascending=[True, False]).iloc[0]
     return replace(THRESHOLDS, tau=float(best.tau), nu=float(best.nu))
 
-# %% ../nbs/w10b-known-answers.ipynb #eb1c3f2b
+# %% ../nbs/w10b-known-answers.ipynb #46e35d88
 def blind_scores(
     scorer: CircuitScorer,  # of the circuit whose shape is drawn
     prompts: PromptSet,
@@ -222,8 +223,9 @@ def null_p_values(
         source = scorer.replacements(some, ablation, pool, seed + k, "node")
         claim, *nulls = (random_circuit(scorer.circuit, *scorer.shape, np.random.default_rng([seed, 9, k, r])) for r in range(n_random + 1))
         clean = capture(scorer.model, some.tokens, scorer.circuit.universe)
-        runs, new = four_runs(scorer, some, source, clean), source.draw(0, torch.arange(1), clean)
-        own, *theirs = null_scores(scorer, some, new, [claim, *nulls], runs)
+        run = clean_run(scorer.model, some.tokens, some.lengths)
+        runs, new = four_runs(scorer, some, source, clean, run=run), source.draw(0, torch.arange(1), clean)
+        own, *theirs = null_scores(scorer, some, new, [claim, *nulls], runs, run)
         found.append(float(permutation_rank_p(own[0], np.array(theirs)[:, 0])))
         if progress: progress(1)
     return np.array(found)

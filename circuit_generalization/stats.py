@@ -150,18 +150,16 @@ def clustered_mean(
     dof = satterthwaite_dof(sizes, intraclass_correlation(values, codes)) if len(sizes) > 1 else nan
     return ClusteredMean(float(mean), float(se), dof, len(values), len(sizes))
 
-# %% ../nbs/w06b-intervals.ipynb #98116554
+# %% ../nbs/w06b-intervals.ipynb #3dafa4b3
 def _effective_n(
     spread: float,  # variance of one value, around the mean
     summary: ClusteredMean,  # of the same values
-) -> float:  # 0 to 1.5 n
+) -> float:  # above 0; at most n and its relative error
     "Independent values worth as much as these; the number of clusters where all values are alike."
     if spread <= _ROUNDING:
         return float(summary.n_clusters)
-    return min(_LUCK * summary.n, spread / max(summary.se**2, _ROUNDING))
-
-
-_LUCK = 1.5  # more independent values than this times the prompts: the variance was underestimated
+    luck = 1 + sqrt(2 / max(1, summary.n_clusters - 1))
+    return min(luck * summary.n, spread / max(summary.se**2, _ROUNDING))
 
 
 def _wilson(

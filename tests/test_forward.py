@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from circuit_generalization.ablation import Activations, Mask, capture
 from circuit_generalization.errors import InputError
-from circuit_generalization.forward import Edit, path_patch, run_edits
+from circuit_generalization.forward import Edit, engine_of, path_patch, run_edits, run_with_hooks
 from circuit_generalization.models import as_bridge, final_logits, micro_gpt2, random_gpt2
 
 LAYERS, HEADS, WIDTH, VOCAB, PLACES = 3, 2, 16, 20, 12
 SIZE = WIDTH // HEADS
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
 few = settings(max_examples=12, deadline=None)
+both = pytest.mark.parametrize("run", [pytest.param(run_edits, id="cone"), pytest.param(run_with_hooks, id="hooks")])
 
 
 # The oracle
@@ -122,6 +123,9 @@ def close(got, expected): np.testing.assert_allclose(np.asarray(got, dtype=float
 
 # Nothing edited
 
+def test_the_model_of_these_tests_has_a_cone(): assert engine_of(model) == "cone"
+
+
 def test_the_oracle_is_gpt2():
     for prompt in PROMPTS:
         with torch.no_grad(): close(hf(torch.tensor([prompt])).logits[0], oracle.run(prompt).logits)
@@ -134,78 +138,88 @@ def test_captured_values_are_the_oracles():
         close(clean.mlp[i, : len(prompt)].transpose(0, 1), trace.mlp)
 
 
-def test_no_edit_is_the_model():
+@both
+def test_no_edit_is_the_model(run):
     nothing = Edit(Mask(torch.zeros(*tokens.shape, LAYERS, HEADS, dtype=torch.bool), torch.zeros(*tokens.shape, LAYERS, dtype=torch.bool)), clean)
-    own = run_edits(model, tokens, lengths, [nothing])[0]
-    assert torch.equal(own, final_logits(model, tokens, lengths))
+    own = run(model, tokens, lengths, [nothing])[0]
+    close(own, final_logits(model, tokens, lengths))
     for i, prompt in enumerate(PROMPTS): close(own[i], oracle.run(prompt).logits[-1])
 
 
-def test_everything_put_back_is_the_model():
+@both
+def test_everything_put_back_is_the_model(run):
     everything = Edit(Mask(torch.ones(*tokens.shape, LAYERS, HEADS, dtype=torch.bool), torch.ones(*tokens.shape, LAYERS, dtype=torch.bool)), clean)
-    close(run_edits(model, tokens, lengths, [everything])[0], final_logits(model, tokens, lengths))
+    close(run(model, tokens, lengths, [everything])[0], final_logits(model, tokens, lengths))
 
 
 # Edits
 
+@both
 @few
 @given(st.integers(0, 10**6), st.sampled_from([0.02, 0.3, 1.0]))
-def test_edits_are_the_oracles(seed, share):
+def test_edits_are_the_oracles(run, seed, share):
     edit = random_edit(seed, share)
-    got = run_edits(model, tokens, lengths, [edit])[0]
+    got = run(model, tokens, lengths, [edit])[0]
     for i in range(len(PROMPTS)): close(got[i], by_hand(edit, i))
 
 
+@both
 @few
 @given(st.lists(st.integers(0, 10**6), min_size=2, max_size=4))
-def test_edits_know_nothing_of_each_other(seeds):
+def test_edits_know_nothing_of_each_other(run, seeds):
     edits = [random_edit(s) for s in seeds]
-    together = run_edits(model, tokens, lengths, edits)
-    alone = torch.cat([run_edits(model, tokens, lengths, [e]) for e in reversed(edits)]).flip(0)
-    assert torch.equal(together, alone) and together.shape == (len(seeds), len(PROMPTS), VOCAB)
+    together = run(model, tokens, lengths, edits)
+    alone = torch.cat([run(model, tokens, lengths, [e]) for e in reversed(edits)]).flip(0)
+    close(together, alone)
+    assert together.shape == (len(seeds), len(PROMPTS), VOCAB)
 
 
+@both
 @few
 @given(st.integers(0, 10**6), st.permutations(range(len(PROMPTS))), st.integers(0, 3), st.integers(0, VOCAB - 1))
-def test_order_and_padding_are_irrelevant(seed, order, extra, fill):
-    edit, own = random_edit(seed), run_edits(model, tokens, lengths, [random_edit(seed)])[0]
+def test_order_and_padding_are_irrelevant(run, seed, order, extra, fill):
+    edit, own = random_edit(seed), run(model, tokens, lengths, [random_edit(seed)])[0]
     wide = torch.nn.functional.pad(tokens, (0, extra))[order].clone()
     wide[torch.arange(wide.shape[1]) >= lengths[order][:, None]] = fill
     pad = torch.nn.functional.pad
     mask = Mask(pad(edit.mask.heads[order], (0, 0, 0, 0, 0, extra), value=True), pad(edit.mask.mlps[order], (0, 0, 0, extra), value=True))
     new = Activations(pad(edit.replacement.z[order], (0, 0, 0, 0, 0, 0, 0, extra), value=7.0),
                       pad(edit.replacement.mlp[order], (0, 0, 0, 0, 0, extra)))
-    close(run_edits(model, wide, lengths[order], [Edit(mask, new)])[0], own[order])
+    close(run(model, wide, lengths[order], [Edit(mask, new)])[0], own[order])
     i = order[0]
     just = [i], slice(lengths[i])
     one = Edit(Mask(edit.mask.heads[just], edit.mask.mlps[just]), Activations(edit.replacement.z[just], edit.replacement.mlp[just]))
-    close(run_edits(model, tokens[just], lengths[[i]], [one])[0, 0], own[i])
+    close(run(model, tokens[just], lengths[[i]], [one])[0, 0], own[i])
 
 
+@both
 @pytest.mark.parametrize("pos", [1, 2])
-def test_later_positions_cannot_reach_back(pos):
+def test_later_positions_cannot_reach_back(run, pos):
     edit, ends = random_edit(1, share=1.0), torch.full((2,), pos)
     late = Edit(Mask(edit.mask.heads[[0, 2]].clone(), edit.mask.mlps[[0, 2]].clone()), edit.replacement[[0, 2]])
     late.mask.heads[:, :pos], late.mask.mlps[:, :pos] = False, False
-    close(run_edits(model, tokens[[0, 2]], ends, [late])[0], final_logits(model, tokens[[0, 2]], ends))
+    close(run(model, tokens[[0, 2]], ends, [late])[0], final_logits(model, tokens[[0, 2]], ends))
 
 
-def test_wanted_tokens_are_columns():
+@both
+def test_wanted_tokens_are_columns(run):
     edit, wanted = random_edit(5), torch.tensor([7, 2, 7])
-    assert torch.equal(run_edits(model, tokens, lengths, [edit], wanted), run_edits(model, tokens, lengths, [edit])[:, :, wanted])
+    close(run(model, tokens, lengths, [edit], wanted), run(model, tokens, lengths, [edit])[:, :, wanted])
 
 
-def test_mlps_need_not_be_captured_where_none_is_replaced():
+@both
+def test_mlps_need_not_be_captured_where_none_is_replaced(run):
     edit = random_edit(6)
     heads = Mask(edit.mask.heads, torch.zeros_like(edit.mask.mlps))
-    assert torch.equal(*(run_edits(model, tokens, lengths, [Edit(heads, new)]) for new in (edit.replacement, Activations(edit.replacement.z))))
+    close(*(run(model, tokens, lengths, [Edit(heads, new)]) for new in (edit.replacement, Activations(edit.replacement.z))))
 
 
-def test_the_model_and_the_edit_are_left_as_they_were():
+@both
+def test_the_model_and_the_edit_are_left_as_they_were(run):
     edit, before = random_edit(7), {n: p.clone() for n, p in model.named_parameters()}
     copies = [x.clone() for x in (tokens, lengths, edit.mask.heads, edit.mask.mlps, edit.replacement.z, edit.replacement.mlp)]
     own = final_logits(model, tokens, lengths)
-    got = run_edits(model, tokens, lengths, [edit, edit])
+    got = run(model, tokens, lengths, [edit, edit])
     path_patch(model, tokens, lengths, (0, 1), (2, 0, "q"), clean, edit.replacement.z[:, :, 0, 1])
     assert torch.equal(got[0], got[1]) and not got.requires_grad
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()) and torch.equal(final_logits(model, tokens, lengths), own)
@@ -214,22 +228,24 @@ def test_the_model_and_the_edit_are_left_as_they_were():
     assert not any(hook for point in model.hook_dict.values() for hook in point.fwd_hooks), "no hook is left behind"
 
 
-def test_the_micro_model_by_hand():
+@both
+def test_the_micro_model_by_hand(run):
     "Ids 0 1: without its head the stream at the end is y + 0 + y, normalised; LD(x, y) follows in the head."
     micro = as_bridge(micro_gpt2())
     ids, n = torch.tensor([[0, 1]]), torch.tensor([2])
     silent = Edit(Mask(torch.ones(1, 2, 1, 1, dtype=torch.bool), torch.zeros(1, 2, 1, dtype=torch.bool)), Activations(torch.zeros(1, 2, 1, 1, 4)))
     # the stream is y, plus the MLP's y: 2y, normalised (0, 0, √2, -√2); its product with x, y, -x is 0, 2√2, 0
-    close(run_edits(micro, ids, n, [silent])[0, 0], [0, 2 * 2**0.5, 0])
+    close(run(micro, ids, n, [silent])[0, 0], [0, 2 * 2**0.5, 0])
 
 
+@both
 @pytest.mark.parametrize("extra", [1, 5])
-def test_prompts_beyond_the_context_are_refused(extra):
+def test_prompts_beyond_the_context_are_refused(run, extra):
     long, n = torch.zeros(2, PLACES + extra, dtype=torch.long), torch.tensor([3, PLACES + extra])
     edit, message = random_edit(0, shape=long.shape), f"the longest prompt has {PLACES + extra} tokens; the model takes at most {PLACES}"
-    for run in (lambda: run_edits(model, long, n, [edit]), lambda: capture(model, long),
-                lambda: path_patch(model, long, n, (0, 0), "logits", edit.replacement, edit.replacement.z[:, :, 0, 0])):
-        with pytest.raises(InputError, match=message): run()
+    for refused in (lambda: run(model, long, n, [edit]), lambda: capture(model, long),
+                    lambda: path_patch(model, long, n, (0, 0), "logits", edit.replacement, edit.replacement.z[:, :, 0, 0])):
+        with pytest.raises(InputError, match=message): refused()
     with pytest.raises(InputError, match=rf"has 3 tokens \(padded to {PLACES + extra}\)"): final_logits(model, long, torch.tensor([3, 2]))
     capture(model, long[:, :PLACES])
 

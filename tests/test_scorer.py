@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from circuit_generalization import edges, exact_scores
+from circuit_generalization import circuit_scorer, edges, exact_scores
 from circuit_generalization.ablation import ABLATIONS, STOCHASTIC, Ablation, Replacements
 from circuit_generalization.attention import attention_pattern
 from circuit_generalization.circuit import Circuit
@@ -472,14 +472,15 @@ def test_restored_is_empty_where_not_asked_or_nothing_is_unlisted(random_model):
 
 def test_the_cost_of_the_options(random_model, monkeypatch):
     prompts, listed = random_prompts([5, 5]), replace(EDGES, nodes=tuple(n for n in HALF.nodes if n.positions))
-    calls, cost, run = [], {}, type(random_model).run_with_hooks
-    monkeypatch.setattr(type(random_model), "run_with_hooks", lambda *a, **how: calls.append(1) or run(*a, **how))
+    calls, cost, run, passes = [], {}, circuit_scorer.run_edits, edges.final_logits
+    monkeypatch.setattr(circuit_scorer, "run_edits", lambda *a, **how: calls.extend(a[3]) or run(*a, **how))
+    monkeypatch.setattr(edges, "final_logits", lambda *a, **how: calls.append(1) or passes(*a, **how))
     for name, how in (("node", {}), ("restored", dict(restore=True)), ("all", dict(positions="all")), ("edge", dict(level="edge"))):
         calls.clear()
         score(random_model, listed, prompts, Ablation("resample", 3), reference=pool_of(prompts), **how)
         cost[name] = len(calls)
     per_draw = 1 + sum(edges.edge_passes(listed, 2, 4, keep) for keep in ("circuit", "complement"))
-    assert cost["restored"] == cost["node"] + 3 and cost["all"] == cost["node"] and cost["edge"] == cost["node"] + 3 * (per_draw - 3)
+    assert cost == dict(node=1 + 3 * 3, restored=1 + 3 * 4, all=1 + 3 * 3, edge=1 + 3 * per_draw)
 
 
 # calibration

@@ -151,7 +151,7 @@ def test_certainty_is_counted_in_templates_not_in_prompts(g, per_cluster):
 
 def test_templates_that_agree_too_well_are_worth_little_more_than_their_prompts():
     outcomes, labels = np.tile([1.0, 1.0, 1.0, 0.0, 0.0], 12), np.repeat(np.arange(12), 5)
-    interval, t, n = share_interval(outcomes, labels), distributions.t.ppf(0.975, 11), 90  # one and a half times 60
+    interval, t, n = share_interval(outcomes, labels), distributions.t.ppf(0.975, 11), 60 * (1 + math.sqrt(2 / 11))
     centre, half = 0.6 + t**2 / (2 * n), t * math.sqrt(0.24 / n + t**2 / (4 * n**2))
     assert (interval.low, interval.high) == pytest.approx(((centre - half) / (1 + t**2 / n), (centre + half) / (1 + t**2 / n)))
 

@@ -1,0 +1,221 @@
+"""The fast engine against the oracle of plain hooks, on every architecture that it claims; and what it must not claim."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from circuit_generalization import cone, forward
+from circuit_generalization.ablation import Activations, Mask, _captured, capture
+from circuit_generalization.cone import CleanRun, cone_flops, cone_logits, no_cone
+from circuit_generalization.forward import Edit, clean_run, engine_of, run_edits, run_with_hooks
+from circuit_generalization.models import as_bridge, final_logits, load_model, random_gpt2
+
+SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, max_position_embeddings=32)
+FAMILIES = dict(
+    gpt2=lambda: random_gpt2(seed=0, n_layers=3, n_heads=4, d_model=32, n_vocab=97),
+    one_layer=lambda: random_gpt2(seed=0, n_layers=1, n_heads=2, d_model=32, n_vocab=97),
+    llama=lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)),
+    grouped=lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_key_value_heads=2)),
+    pythia=lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL, rotary_pct=0.25)),
+    in_turn=lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL, use_parallel_residual=False)),
+)
+
+
+def made(name):
+    "A model with random weights, large enough that a mistake shows."
+    torch.manual_seed(0)
+    hf = FAMILIES[name]().eval()
+    with torch.no_grad():
+        for p in hf.parameters(): p.mul_(1 if hf.config.model_type == "gpt2" else 2)  # our own are large as they are
+    return as_bridge(hf)
+
+
+@pytest.fixture(scope="module")
+def models(): return {name: made(name) for name in FAMILIES}
+
+
+def draw(seed, model, lengths, shares, spots=None):
+    "Prompts, and an edit for every share of components; with `spots`, only these positions are edited."
+    g, width, cfg = torch.Generator().manual_seed(seed), max(lengths), model.cfg
+    shape = (len(lengths), width, cfg.n_layers)
+    tokens = torch.randint(0, cfg.d_vocab, shape[:2], generator=g)
+    new = [Activations(torch.randn(*shape, cfg.n_heads, cfg.d_head, generator=g), torch.randn(*shape, cfg.d_model, generator=g)) for _ in range(2)]
+    edits = []
+    for i, share in enumerate(shares):
+        heads, mlps = torch.rand(*shape, cfg.n_heads, generator=g) < share, torch.rand(*shape, generator=g) < share
+        if spots is not None: heads[:, [p for p in range(width) if p not in spots]] = False
+        edits.append(Edit(Mask(heads, mlps & (i % 2 == 1) & (spots is None)), new[i % 3 == 0]))
+    return tokens, torch.tensor(lengths), edits
+
+
+def worst(model, tokens, lengths, edits, **how):
+    return (cone_logits(CleanRun(model, tokens, lengths, **how), edits) - run_with_hooks(model, tokens, lengths, edits)).abs().max().item()
+
+
+# The oracle agrees
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(list(FAMILIES)), st.integers(0, 10**6), st.lists(st.integers(1, 9), min_size=1, max_size=5),
+       st.lists(st.sampled_from([0, 0.01, 0.1, 0.5, 1]), min_size=1, max_size=6), st.sampled_from([1, 3000, None]))
+def test_the_cone_says_what_hooks_say(models, name, seed, lengths, shares, budget):
+    assert worst(models[name], *draw(seed, models[name], lengths, shares), budget=budget) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["organism-a", "organism-c", "compiled-ioi", "organism-patchwork-3"])
+def test_the_cone_says_what_hooks_say_of_shipped_models(name):
+    model = load_model(name)
+    assert engine_of(model) == "cone"
+    tokens, lengths, edits = draw(0, model, [12, 9, 12, 5], [0.02, 0.3, 1])
+    edits = [Edit(e.mask, Activations(*(0.1 * x for x in (e.replacement.z, e.replacement.mlp)))) for e in edits]
+    slow = run_with_hooks(model, tokens, lengths, edits)
+    fast = cone_logits(CleanRun(model, tokens, lengths), edits)
+    assert ((fast - slow).abs().max() / slow.abs().max()).item() <= 1e-4
+
+
+@pytest.mark.parametrize("spots", [[0], [3], [8], [5, 8]])
+def test_edits_at_single_positions(models, spots):
+    for model in models.values(): assert worst(model, *draw(1, model, [9, 9, 9], [0.1, 0.5, 1], spots)) <= 1e-4
+
+
+def test_edits_beyond_a_prompts_end_change_nothing(models):
+    model = models["gpt2"]
+    tokens, lengths, edits = draw(2, model, [4, 9], [1.0], spots=[6, 7, 8])
+    own, edited = final_logits(model, tokens, lengths), run_edits(model, tokens, lengths, edits)[0]
+    assert torch.allclose(edited[0], own[0], atol=1e-5) and not torch.allclose(edited[1], own[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_captured_values_are_those_of_hooks(models, name):
+    model, (tokens, *_) = models[name], draw(3, models[name], [7, 7], [])
+    got = capture(model, tokens, "heads+mlps")
+    for fast, slow in zip((got.z, got.mlp), _captured(model, tokens, ("z", "mlp")), strict=True): assert torch.allclose(fast, slow, atol=1e-5)
+    assert capture(model, tokens).mlp is None
+
+
+def test_what_was_said_is_right_padded_and_zero_in_the_padding(models):
+    tokens, lengths, _ = draw(4, models["llama"], [3, 7], [])
+    said, plain = CleanRun(models["llama"], tokens, lengths).said("z"), _captured(models["llama"], tokens, ("z",))[0]
+    assert torch.allclose(said[0, :3], plain[0, :3], atol=1e-5) and not said[0, 3:].any() and torch.allclose(said[1], plain[1], atol=1e-5)
+
+
+def test_one_run_serves_many_calls(models):
+    model = models["pythia"]
+    tokens, lengths, edits = draw(5, model, [6, 4, 6], [0.2, 0.4, 0.6])
+    run = clean_run(model, tokens, lengths)
+    before = [x.clone() for x in (*run.kept.stream, *run.kept.k, *run.kept.v, *run.kept.z)]
+    calls = torch.cat([run_edits(model, tokens, lengths, [e], clean=run) for e in edits])
+    assert torch.allclose(calls, run_edits(model, tokens, lengths, edits), atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*run.kept.stream, *run.kept.k, *run.kept.v, *run.kept.z), strict=True))
+
+
+def test_marks_are_stacked_a_part_at_a_time(models, monkeypatch):
+    tokens, lengths, edits = draw(6, models["gpt2"], [6, 4], [0.1, 0.2, 0.3, 0.5, 0.9])
+    whole = run_edits(models["gpt2"], tokens, lengths, edits)
+    monkeypatch.setattr(cone, "_STACKED", 1)
+    assert torch.allclose(run_edits(models["gpt2"], tokens, lengths, edits), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("windows, width, tokens, expected", [
+    ([0, 0, 0, 4, 4, 7], 8, 10**6, [(0, 3), (3, 5), (5, 6)]),  # size 8: one column of slack
+    ([0, 1, 1, 2], 8, 10**6, [(0, 3), (3, 4)]),
+    ([0] * 5, 8, 16, [(0, 2), (2, 4), (4, 5)]),
+    ([0, 0], 8, 1, [(0, 1), (1, 2)]),
+    ([], 8, 10, []),
+])
+def test_chunks_are_of_nearly_one_window_and_fit(windows, width, tokens, expected):
+    assert cone._chunks(torch.tensor(windows, dtype=torch.long), width, tokens) == expected
+
+
+# What is not computed
+
+def test_layers_before_and_columns_left_of_an_edit_are_not_computed(models):
+    model = models["gpt2"]
+    tokens, lengths, _ = draw(7, model, [8, 8], [])
+    run, seen = CleanRun(model, tokens, lengths), []
+    for i, layer in enumerate(run.layers):
+        for part in ("q", "k", "mlp"):
+            own = getattr(layer, part)
+            def counted(x, own=own, what=(i, part)): return seen.append((*what, *x.shape[:2])) or own(x)
+            setattr(layer, part, counted)
+    heads = torch.zeros(2, 8, 3, 4, dtype=torch.bool)
+    heads[:, 5, 1, 2] = True
+    cone_logits(run, [Edit(Mask(heads, torch.zeros(2, 8, 3, dtype=torch.bool)), Activations(torch.zeros(2, 8, 3, 4, 8)))])
+    assert seen == [(1, "mlp", 2, 3), (2, "q", 2, 1), (2, "k", 2, 3), (2, "mlp", 2, 1)]
+
+
+@pytest.mark.parametrize("start, window, by_hand", [
+    (2, 7, 32 * 32 + 2 * 32 * 128 + 2 * 32),  # a head of the last layer at END: output matrix, MLP, two tokens
+    (2, 0, 32 * 32 + 2 * 32 * 128 + 2 * 32),  # everywhere: of the last layer still one row
+    (1, 6, (32 * 32 + 2 * 32 * 128) * 2 + 32 * 32 + 2 * 32 * 128 + 32 * 32 + 2 * 2 * 32 * 32 + 2 * 8 * 32 + 2 * 32),
+])
+def test_the_operations_of_a_cone_by_hand(models, start, window, by_hand):
+    assert cone_flops(models["gpt2"].cfg, start, window, 8, 2) == 2 * by_hand
+
+
+# What has no cone
+
+def test_hooks_that_somebody_hung_in_are_not_ignored():
+    model = made("gpt2")
+    assert engine_of(model) == "cone"
+    tokens, lengths, edits = draw(8, model, [5, 5], [0.0])
+    own = run_edits(model, tokens, lengths, edits)
+    model.add_hook("blocks.1.attn.hook_z", lambda value, hook: value * 0)
+    assert engine_of(model) == "hooks" and clean_run(model, tokens, lengths) is None
+    silenced = run_edits(model, tokens, lengths, edits)
+    assert not torch.allclose(silenced, own, atol=1e-3) and torch.equal(silenced, run_with_hooks(model, tokens, lengths, edits))
+    model.reset_hooks()
+    assert engine_of(model) == "cone" and torch.allclose(run_edits(model, tokens, lengths, edits), own, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, value", [("attention_dir", "bidirectional"), ("attn_scores_soft_cap", 30.0), ("output_logits_soft_cap", 30.0),
+                                         ("use_local_attn", True), ("window_size", 4)])
+def test_declared_arithmetic_that_it_does_not_know(name, value):
+    model = made("llama")
+    setattr(model.cfg, name, value)
+    assert no_cone(model) and engine_of(model) == "hooks"
+
+
+def test_arithmetic_that_nobody_declared_is_found_by_trial(monkeypatch):
+    model = made("gpt2")
+    model.blocks[1].attn.original_component.scaling = 1.0
+    assert no_cone(model) == "a trial gave other logits"
+    monkeypatch.setattr(cone, "_mlp", lambda module: lambda x: x.no_such_part)
+    assert no_cone(made("gpt2")) == "its parts do not fit (AttributeError)"
+
+
+def test_a_model_is_tried_once_and_not_kept_alive(monkeypatch):
+    model, tries = made("one_layer"), []
+    monkeypatch.setattr(cone, "_tried", lambda m: tries.append(1))
+    assert no_cone(model) is None and no_cone(model) is None and tries == [1]
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_weights_that_change_later_are_used():
+    model = made("gpt2")
+    tokens, lengths, edits = draw(9, model, [5, 3], [0.2])
+    run_edits(model, tokens, lengths, edits)
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(1.1)
+    assert worst(model, tokens, lengths, edits) <= 1e-4
+
+
+def test_half_precision_runs_in_its_own_type():
+    model = as_bridge(FAMILIES["llama"]().to(torch.bfloat16).eval())
+    tokens, lengths, edits = draw(10, model, [6, 6], [0.2])
+    got = forward.run_edits(model, tokens, lengths, edits)
+    assert got.dtype == torch.bfloat16 and torch.allclose(got.float(), run_with_hooks(model, tokens, lengths, edits).float(), atol=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_the_same_code_runs_on_a_gpu():
+    model = as_bridge(FAMILIES["gpt2"]().to("cuda"), device="cuda")
+    tokens, lengths, edits = draw(11, model, [6, 4], [0.2, 1])
+    assert worst(model, tokens, lengths, edits) <= 1e-4
