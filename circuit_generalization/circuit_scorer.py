@@ -115,7 +115,7 @@ class Baseline:
 NO_BASELINE = Baseline(None, None, 0, "no base prompts of a known task: gap and profile_similarity are empty, "
                                       "and 0.5 logits decide what is too small")
 
-# %% ../nbs/w08-circuit-scorer.ipynb #81a3becf
+# %% ../nbs/w08-circuit-scorer.ipynb #a023c7c6
 class CircuitScorer:
     "Scores a circuit prompt by prompt. Raises `InputError` where model, circuit and prompts do not fit together."
 
@@ -133,6 +133,7 @@ class CircuitScorer:
         check_fits(self.circuit, self.model.cfg.n_layers, self.model.cfg.n_heads)
         if batch_size < 1: raise InputError(f"batch size {batch_size}: at least one prompt must fit")
         self.reference, self.thresholds, self.batch_size = reference, thresholds, batch_size
+        self._pool: tuple = (None, None, None)  # prompts, seed and pool last generated: the settings of a sweep share them
 
     @property
     def shape(self) -> tuple[int, int]: return self.model.cfg.n_layers, self.model.cfg.n_heads
@@ -150,7 +151,8 @@ class CircuitScorer:
         "Reference prompts for prompts that a task generated; None where none are needed, or none can be made."
         generated = {"insert", "bos"} <= set(prompts.labels) and prompts.labels.task.isin(list(TASKS)).all()
         if not (generated and ablation.needs_reference and self.model.tokenizer is not None): return None
-        return reference_pool(prompts, self.model.tokenizer, seed=seed)
+        if self._pool[0] is not prompts or self._pool[1] != seed: self._pool = prompts, seed, reference_pool(prompts, self.model.tokenizer, seed=seed)
+        return self._pool[2]
 
 # %% ../nbs/w08-circuit-scorer.ipynb #5a196e87
 LEVELS, POSITIONS = ("node", "edge"), ("listed", "all")
@@ -312,7 +314,7 @@ def head_profile(
     edits = [Edit(mask, new) for mask in head_masks(universe_mask(prompts, *scorer.shape, "heads"))]
     return (ld_model - ld_under(scorer.model, prompts, edits, run)).T
 
-# %% ../nbs/w08-circuit-scorer.ipynb #506766cd
+# %% ../nbs/w08-circuit-scorer.ipynb #37e9edf0
 def head_reads(
     model,  # a TransformerBridge
     circuit: Circuit,
@@ -324,7 +326,8 @@ def head_reads(
     pairs = sorted(set().union(*reads.values()))
     if not pairs: return pd.DataFrame(index=range(len(prompts)))
     looks = attention_to(model, prompts.tokens, *(torch.stack([at[role] for role in ends], dim=1) for ends in zip(*pairs, strict=True)))
-    means = {n.name: looks[:, [pairs.index(p) for p in own], n.component.layer, n.component.head].nanmean(1).numpy() for n, own in reads.items() if own}
+    means = {n.name: looks[:, [pairs.index(p) for p in own], n.component.layer, n.component.head].nanmean(1).numpy()
+             for n, own in reads.items() if own}
     return pd.DataFrame(means, index=range(len(prompts)))
 
 

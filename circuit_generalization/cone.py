@@ -58,7 +58,7 @@ class _Layer:
         self.q, self.k, self.v, self.o = (_linear(getattr(attn, name)) for name in "qkvo")
         self.scale = getattr(_core(attn), "scaling", None)
 
-# %% ../nbs/w05d-causal-cone.ipynb #b1f91547
+# %% ../nbs/w05d-causal-cone.ipynb #35a11bf8
 class _Stop(Exception):
     "Raised at the first block: the rest of the pass is not needed."
 
@@ -96,24 +96,25 @@ def _rotated(
 
 def _attended(
     q: Float[Tensor, "row query head d_head"],  # scaled
-    k: Float[Tensor, "row kv_head pos d_head"],
-    v: Float[Tensor, "row kv_head pos d_head"],
+    k: Float[Tensor, "row pos kv_head d_head"],
+    v: Float[Tensor, "row pos kv_head d_head"],
     hidden: Float[Tensor, "#row 1 query pos"],  # added to the scores: 0 where a query may look
 ) -> Float[Tensor, "row query head d_head"]:
     "Softmax attention."
-    if k.shape[1] != q.shape[2]: k, v = (x.repeat_interleave(q.shape[2] // k.shape[1], 1) for x in (k, v))
-    pattern = torch.softmax((q.transpose(1, 2) @ k.transpose(-1, -2)).add_(hidden), -1)
-    return (pattern @ v).transpose(1, 2)
+    if k.shape[2] != q.shape[2]: k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    pattern = torch.softmax((q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).add_(hidden), -1)
+    return (pattern @ v.transpose(1, 2)).transpose(1, 2)
 
-# %% ../nbs/w05d-causal-cone.ipynb #bf69956c
+# %% ../nbs/w05d-causal-cone.ipynb #31b5be72
 @dataclass
 class _Kept:
     "What one pass leaves behind, layer by layer."
     stream: list[Float[Tensor, "prompt pos d_model"]] = field(default_factory=list)  # before the layer
-    k: list[Float[Tensor, "prompt kv_head pos d_head"]] = field(default_factory=list)
-    v: list[Float[Tensor, "prompt kv_head pos d_head"]] = field(default_factory=list)
-    z: list[Float[Tensor, "prompt pos head d_head"]] = field(default_factory=list)
+    k: list[Float[Tensor, "prompt pos kv_head d_head"]] = field(default_factory=list)
+    v: list[Float[Tensor, "prompt pos kv_head d_head"]] = field(default_factory=list)
+    z: list[Float[Tensor, "prompt pos head d_head"]] = field(default_factory=list)  # as computed, before anything is put in its place
     mlp: list[Float[Tensor, "prompt pos d_model"]] = field(default_factory=list)
+    final: Float[Tensor, "prompt d_model"] | None = None  # the stream after the last layer, in the last column
 
 
 class CleanRun:
@@ -135,26 +136,34 @@ class CleanRun:
         lengths = torch.full((len(tokens),), self.given) if lengths is None else lengths
         self.width = int(lengths.max())
         self.shift = (self.width - lengths).to(self.device)
-        with torch.no_grad(): self._align(tokens[:, : self.width].to(self.device)), self._run()
+        self._ablated: tuple = (None, None)  # the last replacement that `ablated` ran, and what it left
+        with torch.no_grad():
+            self._align(tokens[:, : self.width].to(self.device))
+            self.kept = self._run()
+
+    def aligned(self, x: Float[Tensor, "prompt pos *size"]) -> Float[Tensor, "prompt pos *size"]:
+        "Right-padded values, shifted until every prompt's last one is in the last column."
+        if not self.shift.any(): return x[:, : self.width].to(self.device)
+        return x.to(self.device)[torch.arange(len(x), device=self.device)[:, None], self.pos.clamp(min=0)]
 
     def _align(self, tokens):
         "Streams, rotations and mask with every prompt's last token in the last column."
         columns = torch.arange(self.width, device=self.device)
         self.pos = columns - self.shift[:, None]  # of each column; negative: padding
-        def align(x): return x if x is None or not self.shift.any() else x.gather(1, self.pos.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
-        self.stream, self.cos, self.sin = map(align, _stem(self.model, tokens))
+        self.stream, self.cos, self.sin = (None if x is None else self.aligned(x) for x in _stem(self.model, tokens))
         seen = (columns <= columns[:, None])[None]
         if self.shift.any(): seen = seen & ((self.pos >= 0)[:, None] | torch.eye(self.width, dtype=torch.bool, device=self.device))
         hidden = torch.zeros(seen.shape, dtype=self.stream.dtype, device=self.device)
         self.hidden = hidden.masked_fill_(~seen, torch.finfo(hidden.dtype).min)[:, None]
 
-    def _qkv(self, layer: _Layer, stream, rows, start: int, query: int):
-        "Queries from column `query` on, keys and values from column `start` on."
-        d_head, n, x = self.shape[-1], len(stream), layer.ln1(stream)
-        def heads(f, x): return f(x).view(n, x.shape[1], -1, d_head)
-        def turned(x, first): return x if self.cos is None else _rotated(x, self.cos[rows, first:], self.sin[rows, first:])
-        q = turned(heads(layer.q, x[:, query - start:]), query) * (layer.scale or d_head**-0.5)
-        return q, turned(heads(layer.k, x), start).transpose(1, 2), heads(layer.v, x).transpose(1, 2)
+    def _qkv(self, layer: _Layer, stream, turns, only_last: bool = False):
+        "Queries (of the last column only, where no other is asked), keys and values. `turns`: cosines and sines of the stream's columns."
+        x = layer.ln1(stream)
+        def heads(f, x): return f(x).view(len(x), x.shape[1], -1, self.shape[-1])
+        queried = slice(-1, None) if only_last else slice(None)
+        q, k = heads(layer.q, x[:, queried]), heads(layer.k, x)
+        if turns is not None: q, k = _rotated(q, *(t[:, queried] for t in turns)), _rotated(k, *turns)
+        return q * (layer.scale or self.shape[-1] ** -0.5), k, heads(layer.v, x)
 
     def _write(self, layer: _Layer, stream, z, replace=lambda written: written):
         "The stream after a layer whose heads say z; and what the MLP wrote, `replace` applied to it."
@@ -164,16 +173,30 @@ class CleanRun:
         written = replace(layer.mlp(layer.ln2(middle)))
         return (middle + attended if parallel else middle) + written, written
 
-    def _run(self):
-        "The clean pass."
-        self.kept, stream = _Kept(), self.stream
-        for layer in self.layers:
-            q, k, v = self._qkv(layer, stream, slice(None), 0, 0)
+    def _run(self, replacement=None, mlps: bool = False) -> _Kept:
+        "A pass over whole prompts: clean, or with every head (and every MLP) replaced."
+        kept, stream = _Kept(), self.stream
+        turns = None if self.cos is None else (self.cos, self.sin)
+        for index, layer in enumerate(self.layers):
+            q, k, v = self._qkv(layer, stream, turns)
             z = _attended(q, k, v, self.hidden)
-            after, written = self._write(layer, stream, z)
-            for name, value in dict(stream=stream, k=k, v=v, z=z, mlp=written).items(): getattr(self.kept, name).append(value)
+            put = z if replacement is None else self.aligned(replacement.z[:, :, index]).to(z)
+            new = None if not mlps else self.aligned(replacement.mlp[:, :, index]).to(stream)
+            after, written = self._write(layer, stream, put, (lambda x: x) if new is None else lambda x: new)  # noqa: B023
+            for name, value in dict(stream=stream, k=k, v=v, z=z, mlp=written).items(): getattr(kept, name).append(value)
             stream = after
-        self.final = stream[:, -1]
+        kept.final = stream[:, -1]
+        return kept
+
+    def ablated(
+        self,
+        replacement,  # `Activations` of these prompts
+        mlps: bool = False,  # True: MLPs too
+    ) -> _Kept:
+        "The pass with everything replaced; the last one is remembered."
+        if self._ablated[0] is None or self._ablated[0][0] is not replacement or self._ablated[0][1] != mlps:
+            self._ablated = (replacement, mlps), self._run(replacement, mlps)
+        return self._ablated[1]
 
     def unembed(
         self,
@@ -197,7 +220,7 @@ class CleanRun:
         out = value[torch.arange(len(value), device=self.device)[:, None], back.clamp(max=self.width - 1)]
         return out.masked_fill_(~inside.view(*inside.shape, *[1] * (out.ndim - 2)), 0)
 
-# %% ../nbs/w05d-causal-cone.ipynb #6c057e63
+# %% ../nbs/w05d-causal-cone.ipynb #d35bf1d3
 @dataclass(frozen=True)
 class _Edits:
     "Edits, stacked; positions as given, right-padded."
@@ -221,17 +244,17 @@ class _Rows:
     edit: Int[Tensor, " row"]
     prompt: Int[Tensor, " row"]
     start: Int[Tensor, " row"]  # layer
-    window: int  # first column
-    pos: Int[Tensor, "row pos"]  # of each column, padding at 0
+    columns: Int[Tensor, "row column"]  # ascending; the last is the last position, which may come more than once
+    pos: Int[Tensor, "row column"]  # the position of each, padding at 0
     marked: dict[str, Bool[Tensor, "row layer"]]  # 'z', 'mlp': is anything of this layer replaced?
 
-    def replaced(self, what: str, layer: int, value: Tensor, first: int) -> Tensor:
-        "What the rows' heads ('z') or MLP ('mlp') say in this layer, from column `first` on, replacements in place."
+    def replaced(self, what: str, layer: int, value: Tensor) -> Tensor:
+        "What the rows' heads ('z') or MLP ('mlp') say in this layer, replacements in place. Where value has one column, it is the last."
         here = self.marked[what][: len(value), layer].nonzero()[:, 0]
         if not len(here): return value
         low, high, marks = int(here[0]), int(here[-1]) + 1, self.edits.heads if what == "z" else self.edits.mlps
         target = value[low:high] if high - low == len(here) else value[here]
-        edit, prompt, pos = self.edit[here], self.prompt[here], self.pos[here, first:]
+        edit, prompt, pos = self.edit[here], self.prompt[here], self.pos[here, -value.shape[1]:]
         mask = marks[edit[:, None], prompt[:, None], pos, layer][..., None]
         for number, source in enumerate(self.edits.replacements):
             own = (self.edits.which[edit] == number).nonzero()[:, 0]
@@ -241,67 +264,106 @@ class _Rows:
         if len(here) == len(value): return target
         return torch.cat([value[:low], target, value[high:]]) if high - low == len(here) else value.index_copy(0, here, target)
 
-# %% ../nbs/w05d-causal-cone.ipynb #5035c31e
+# %% ../nbs/w05d-causal-cone.ipynb #66bc462b
 def _of_rows(
     run: CleanRun,
+    base: _Kept,  # the run that the rows depart from
     rows: _Rows,
 ) -> Float[Tensor, "row d_model"]:
     "The stream after the last layer, in the last column."
-    (n_layers, *_), kept, last, w = run.shape, run.kept, run.width - 1, rows.window
+    n_layers, at = run.shape[0], torch.arange(len(rows.prompt), device=run.device)[:, None]
     joined = torch.searchsorted(rows.start, torch.arange(n_layers, device=run.device), right=True).tolist()
+    hidden = run.hidden.expand(len(run.stream), -1, -1, -1)[rows.prompt[:, None], 0, rows.columns][:, None]
+    turns = None if run.cos is None else [t[rows.prompt[:, None], rows.columns] for t in (run.cos, run.sin)]
     before, stream = 0, None
     for index in range(int(rows.start[0]), n_layers):
-        layer, now, first = run.layers[index], joined[index], last if index == n_layers - 1 else w
-        old, new = rows.prompt[:before], rows.prompt[before:now]
-        heads, streams = [], []
+        layer, now, last = run.layers[index], joined[index], index == n_layers - 1
+        shown, heads, streams = slice(-1, None) if last else slice(None), [], []
         if before:
-            q, k, v = run._qkv(layer, stream, old, w, first)
-            if w: k, v = torch.cat([kept.k[index][old, :, :w], k], 2), torch.cat([kept.v[index][old, :, :w], v], 2)
-            heads.append(_attended(q, k, v, (run.hidden if len(run.hidden) == 1 else run.hidden[old])[:, :, first:]))
-            streams.append(stream[:, first - w:])
-        if now > before: heads.append(kept.z[index][new, first:]), streams.append(kept.stream[index][new, first:])
-        z = rows.replaced("z", index, torch.cat(heads), first)
-        stream, _ = run._write(layer, torch.cat(streams), z, lambda x: rows.replaced("mlp", index, x, first))  # noqa: B023
+            old, spots = rows.prompt[:before], rows.columns[:before]
+            q, k, v = run._qkv(layer, stream, turns and [t[:before] for t in turns], last)
+            k, v = (kept[index][old].index_put((at[:before], spots), new) for kept, new in ((base.k, k), (base.v, v)))
+            heads.append(_attended(q, k, v, hidden[:before, :, shown]))
+            streams.append(stream[:, shown])
+        if now > before:
+            new = rows.prompt[before:now, None], rows.columns[before:now, shown]
+            heads.append(base.z[index][new]), streams.append(base.stream[index][new])
+        z = rows.replaced("z", index, torch.cat(heads))
+        stream, _ = run._write(layer, torch.cat(streams), z, lambda x: rows.replaced("mlp", index, x))  # noqa: B023
         before = now
     return stream[:, -1]
 
-# %% ../nbs/w05d-causal-cone.ipynb #56b04f83
-_SLACK = 8  # a chunk may be wider than a row needs by one column in this many
+# %% ../nbs/w05d-causal-cone.ipynb #9b77fbf9
+_SLACK = 8  # a row may get one superfluous column in this many
 _STACKED = 2**28  # marks, one byte each, that are stacked at a time
 
 
 def _chunks(
-    window: Int[Tensor, " row"],  # sorted
-    width: int,
+    sizes: Int[Tensor, " row"],  # columns of each row, descending
     tokens: int,  # that fit into a chunk
 ) -> list[tuple[int, int]]:  # first row, row after the last
-    "Rows of nearly the same window, as many as fit."
-    windows, chunks, i = window.tolist(), [], 0
-    while i < len(windows):
-        size = width - windows[i]
-        j, most = i + 1, i + max(1, tokens // size)
-        while j < min(most, len(windows)) and windows[j] <= windows[i] + size // _SLACK: j += 1
+    "Rows of nearly the same number of columns, as many as fit."
+    given, chunks, i = sizes.tolist(), [], 0
+    while i < len(given):
+        j, most = i + 1, i + max(1, tokens // given[i])
+        while j < min(most, len(given)) and given[j] >= given[i] - given[i] // _SLACK: j += 1
         chunks.append((i, j))
         i = j
     return chunks
 
 
+def _first(
+    wanted: Bool[Tensor, "row column"],
+    size: int,
+) -> Int[Tensor, "row size"]:
+    "The wanted columns of each row, ascending, filled up with the last column."
+    order = torch.argsort(~wanted, dim=1, stable=True)[:, :size]
+    return torch.where(wanted.gather(1, order), order, wanted.shape[1] - 1).sort(1).values
+
+# %% ../nbs/w05d-causal-cone.ipynb #3faa067f
+@dataclass(frozen=True)
+class _Reach:
+    "What some edits can change, if they depart from a given run."
+    base: _Kept
+    layers: Bool[Tensor, "edit prompt layer"]  # where something differs
+    columns: Bool[Tensor, "edit prompt column"]  # whose stream it can reach
+
+    @classmethod
+    def of(cls, run: CleanRun, edits: _Edits, chosen: Int[Tensor, " edit"], whole: tuple[int, bool] | None) -> "_Reach":
+        "`whole`: everything is replaced by this replacement, MLPs or not; None: nothing is."
+        heads, mlps = edits.heads[chosen], edits.mlps[chosen]
+        differs = (heads.all(-1).logical_not() if whole else heads.any(-1)) | (mlps ^ bool(whole and whole[1]))
+        differs &= (torch.arange(run.width, device=run.device) < (run.width - run.shift)[:, None])[..., None]
+        at = differs.any(-1)
+        columns = at[:, torch.arange(at.shape[1], device=run.device)[:, None], run.pos.clamp(min=0)] & (run.pos >= 0)
+        if whole is None: return cls(run.kept, differs.any(2), columns.cummax(2).values)
+        return cls(run.ablated(edits.replacements[whole[0]], whole[1]), differs.any(2), columns & columns[..., -1:])
+
+
+def _departures(edits: _Edits) -> dict[tuple[int, bool] | None, Int[Tensor, " edit"]]:
+    "Edits by the run that they depart from: the clean one, or the one with everything replaced by theirs."
+    keys = [(int(which), bool(mlps.float().mean() > 0.5)) if heads.float().mean() > 0.5 else None
+            for which, heads, mlps in zip(edits.which, edits.heads, edits.mlps, strict=True)]
+    return {key: torch.tensor([i for i, k in enumerate(keys) if k == key], device=edits.which.device) for key in dict.fromkeys(keys)}
+
+
 def _logits(run: CleanRun, given: Sequence, token_ids) -> Float[Tensor, "edit prompt token"]:
     "Logits under some edits, whose marks fit into memory."
-    edits, (n_layers, *_) = _Edits.of(given, run.width, run.device), run.shape
-    real = (torch.arange(run.width, device=run.device) < (run.width - run.shift)[:, None])[..., None]
-    heads, mlps = edits.heads.any(-1) & real, edits.mlps & real  # edit prompt pos layer
-    marked, both = dict(z=heads.any(2), mlp=mlps.any(2)), heads | mlps
-    edit, prompt = both.any(-1).any(-1).nonzero(as_tuple=True)
-    start = both.any(2).to(torch.uint8).argmax(-1)[edit, prompt]
-    window = both.any(3).to(torch.uint8).argmax(-1)[edit, prompt] + run.shift[prompt]
-    order, final = torch.argsort(window * n_layers + start, stable=True), run.final.repeat(len(given), 1, 1)
-    widest = max(run.model.cfg.d_mlp or 0, 4 * run.model.cfg.d_model) * run.stream.element_size()
-    for i, j in _chunks(window[order], run.width, max(1, run.budget // widest)):
-        chunk = order[i:j][torch.argsort(start[order[i:j]], stable=True)]
-        e, p = edit[chunk], prompt[chunk]
-        rows = _Rows(edits, e, p, start[chunk], int(window[order[i]]), run.pos[p].clamp(min=0), {name: m[e, p] for name, m in marked.items()})
-        final[e, p] = _of_rows(run, rows)
+    edits = _Edits.of(given, run.width, run.device)
+    final = run.kept.final.repeat(len(given), 1, 1)
+    tokens = max(1, run.budget // (max(run.model.cfg.d_mlp or 0, 4 * run.model.cfg.d_model) * run.stream.element_size()))
+    marked = dict(z=edits.heads.any(-1).any(2), mlp=edits.mlps.any(2))
+    for whole, chosen in _departures(edits).items():
+        reach = _Reach.of(run, edits, chosen, whole)
+        final[chosen] = reach.base.final
+        edit, prompt = reach.columns.any(-1).nonzero(as_tuple=True)
+        start, wanted = reach.layers.to(torch.uint8).argmax(-1)[edit, prompt], reach.columns[edit, prompt]
+        order = torch.argsort(wanted.sum(1), descending=True, stable=True)
+        for i, j in _chunks(wanted.sum(1)[order], tokens):
+            some = order[i:j][torch.argsort(start[order[i:j]], stable=True)]
+            e, p, columns = chosen[edit[some]], prompt[some], _first(wanted[some], int(wanted[order[i]].sum()))
+            rows = _Rows(edits, e, p, start[some], columns, run.pos[p[:, None], columns].clamp(min=0), {w: m[e, p] for w, m in marked.items()})
+            final[e, p] = _of_rows(run, reach.base, rows)
     return run.unembed(final, token_ids)
 
 
@@ -314,7 +376,7 @@ def cone_logits(
     most = max(1, _STACKED // max(1, run.stream.shape[0] * run.width * run.shape[0] * run.shape[1]))
     with torch.no_grad(): return torch.cat([_logits(run, edits[i:i + most], token_ids) for i in range(0, len(edits), most)])
 
-# %% ../nbs/w05d-causal-cone.ipynb #ca21a672
+# %% ../nbs/w05d-causal-cone.ipynb #92b172f4
 _TRIED: WeakKeyDictionary = WeakKeyDictionary()  # model → why it has no cone, or None: the trial's result, which depends on the model alone
 _PARTS = ("ln1", "ln2", "attn", "mlp")
 
@@ -335,7 +397,7 @@ def _hooked(model) -> bool:
     "Does anybody listen, or change something, in this model? (The bridge's own blocks hang pre-hooks before their norms, which change nothing.)"
     return any(m._forward_hooks for m in model.modules())
 
-# %% ../nbs/w05d-causal-cone.ipynb #17973273
+# %% ../nbs/w05d-causal-cone.ipynb #85e26e7c
 @dataclass(frozen=True)
 class _Trial:
     "The edit that both engines are tried with."
@@ -376,7 +438,7 @@ def no_cone(
     if model not in _TRIED: _TRIED[model] = _unknown(model) or _tried(model)
     return _TRIED[model]
 
-# %% ../nbs/w05d-causal-cone.ipynb #90325811
+# %% ../nbs/w05d-causal-cone.ipynb #8c5d8fe0
 def cone_flops(
     cfg,  # of a TransformerBridge: n_layers, d_model, d_mlp, n_heads, d_head
     start: int,  # first layer that is edited

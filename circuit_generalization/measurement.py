@@ -186,7 +186,7 @@ def _score_shard(job: _Job, pair, setting: Setting, base: Baseline, tick) -> pd.
                               level=setting.level, positions=setting.positions, restore=headline and setting.level == "node")
     return scores if headline else scores[SWEPT]
 
-# %% ../nbs/w09a-measurement.ipynb #16dc4ce8
+# %% ../nbs/w09a-measurement.ipynb #b5a517b8
 @dataclass
 class Measurement:
     "What a measurement found."
@@ -199,7 +199,7 @@ class Measurement:
 
 
 def _run_shards(job: _Job, folder: Path, progress) -> Iterator[pd.DataFrame]:
-    "Every (setting, variant), read back from its shard where that is already there."
+    "Every (variant, setting), read back from its shard where that is already there."
     total, done, baselines = sum(map(len, job.prompts.values())) * len(job.settings), 0, {}
 
     def tick(k):
@@ -207,9 +207,9 @@ def _run_shards(job: _Job, folder: Path, progress) -> Iterator[pd.DataFrame]:
         done += k
         if progress: progress(done, total, what)
 
-    for setting in job.settings:
-        same_base = (setting.ablation, setting.level)  # D does not depend on the circuit's positions
-        for pair, prompts in job.prompts.items():
+    for pair, prompts in job.prompts.items():  # the settings of a variant share its pool, which the scorer remembers
+        for setting in job.settings:
+            same_base = (setting.ablation, setting.level)  # D does not depend on the circuit's positions
             path, what = _shard_path(folder, job, pair, setting), f"{pair[1]}, {setting.name}"
             if not path.exists():
                 if same_base not in baselines:
@@ -236,7 +236,7 @@ def _manifest(job: _Job, seconds: float, table: pd.DataFrame) -> dict:
                 prepended_bos=job.options.bos, p_values=f"against {job.options.n_random} layer-matched random circuits, one donor draw",
                 thresholds=asdict(job.scorer.thresholds))
 
-# %% ../nbs/w09a-measurement.ipynb #30511d6e
+# %% ../nbs/w09a-measurement.ipynb #625e94be
 def measure(
     options: MeasureOptions,
     out: str | Path,  # a folder, made if need be
@@ -247,8 +247,9 @@ def measure(
     shards = out / ".shards"
     try: parts = list(_run_shards(job, shards, progress))
     except OSError as e: raise InputError(f"cannot write into {out}: {e.strerror}") from None
-    k = len(job.prompts)
-    scores, sweep = pd.concat(parts[:k], ignore_index=True), pd.concat(parts[k:], ignore_index=True) if parts[k:] else pd.DataFrame(columns=SWEPT)
+    headline, *others = (parts[k::len(job.settings)] for k in range(len(job.settings)))  # one part a variant
+    scores = pd.concat(headline, ignore_index=True)
+    sweep = pd.concat(sum(others, []), ignore_index=True) if others else pd.DataFrame(columns=SWEPT)
     tables = dict(table=generalization_table(scores, sweep), ablations=ablations_table(scores, sweep), variance=variance_components(scores, "gap"))
     result = Measurement(scores, sweep, **tables, manifest=_manifest(job, time.monotonic() - start, tables["table"]))
     for name, frame in (("scores", scores), ("sweep", sweep), ("generalization", result.table), ("ablations", result.ablations),

@@ -46,19 +46,19 @@ def list_variants(
             for name, v in data["variants"].items()]
     return pd.DataFrame(rows)
 
-# %% ../nbs/w04b-tasks.ipynb #8d1fa7cc
+# %% ../nbs/w04b-tasks.ipynb #6aa79818
 def variant_spec(
     task: str,
     axis: str,  # 'base', 'lexical', 'syntactic', 'domain' or 'adversarial'
     variant: str,
 ) -> dict:
     "What a variant changes, from the task's data file. Raises `TaskError` that lists what there is."
+    if task in TASKS and (known := task_data(TASKS[task])["variants"]).get(variant, {}).get("axis") == axis: return known[variant]
     table = list_variants(task)
     if axis == "combined": return _combined_spec(task, table, variant)
     if axis not in set(table.axis): raise TaskError(f"task {task!r} has no axis {axis!r}: there is {', '.join(table.axis.unique())}")
     here = table.variant[table.axis == axis].tolist()
-    if variant not in here: raise TaskError(f"axis {axis!r} of task {task!r} has no variant {variant!r}: there is {', '.join(here)}")
-    return task_data(TASKS[task])["variants"][variant]
+    raise TaskError(f"axis {axis!r} of task {task!r} has no variant {variant!r}: there is {', '.join(here)}")
 
 
 def _combined_spec(task: str, table: pd.DataFrame, variant: str) -> dict:

@@ -1,14 +1,17 @@
 """Points of a training: stored small, unpacked by name, refused in plain words."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from safetensors.torch import load_file, save_file
 
-from circuit_generalization.checkpoints import checkpoint_folder, checkpoints_of, from_bytes, save_checkpoint_file, to_bytes
+from circuit_generalization import checkpoints
+from circuit_generalization.checkpoints import cache_folder, checkpoint_folder, checkpoints_of, from_bytes, save_checkpoint_file, to_bytes
 from circuit_generalization.cli import main
 from circuit_generalization.errors import InputError
 from circuit_generalization.language import Language
@@ -91,3 +94,73 @@ def test_training_tells_of_every_step():
     seen = []
     train(Recipe(n_layers=1, d_model=32, d_mlp=32, steps=4, first_phase=1, focus_from=3, batch=8), 0, after=lambda step, model: seen.append(step))
     assert seen == [1, 2, 3, 4]
+
+
+def test_a_row_of_zeros_has_a_scale_that_can_be_divided_by():
+    stored = to_bytes({"w": torch.zeros(2, 3)})
+    assert (stored["w.scale"] > 0).all() and torch.equal(from_bytes(stored)["w"], torch.zeros(2, 3))
+
+
+def test_weights_come_back_in_single_precision():
+    assert {w.dtype for w in from_bytes(to_bytes({"a": torch.eye(3).half(), "b": torch.ones(2)})).values()} == {torch.float32}
+
+
+def test_the_cache_is_in_the_home_folder_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert cache_folder() == tmp_path / ".cache" / "circuit-generalization"
+
+
+@pytest.fixture
+def finished(tmp_path):
+    "The folder of a finished model, as far as unpacking goes."
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "config.json").write_text("{}")
+    return tmp_path / "finished"
+
+
+def test_other_weights_of_the_same_name_are_unpacked_anew(tmp_path, monkeypatch, finished):
+    path, folders = tmp_path / "step00001.safetensors", []
+    monkeypatch.setattr(checkpoints, "checkpoints_of", lambda model: {1: path})
+    for weights in (torch.eye(2, 3), torch.eye(2, 3).T):
+        save_checkpoint_file({"w": weights}, path)
+        folders.append(checkpoint_folder("m@1", finished))
+        assert torch.equal(load_file(folders[-1] / "model.safetensors")["w"], weights)
+    assert folders[0] != folders[1]
+
+
+def test_an_emptied_cache_is_filled_again(tmp_path, monkeypatch, finished):
+    path = tmp_path / "step00001.safetensors"
+    monkeypatch.setattr(checkpoints, "checkpoints_of", lambda model: {1: path})
+    save_checkpoint_file({"w": torch.eye(2)}, path)
+    for file in (folder := checkpoint_folder("m@1", finished)).iterdir(): file.unlink()
+    assert checkpoint_folder("m@1", finished) == folder and (folder / "config.json").is_file()
+
+
+def test_two_processes_may_unpack_at_once(tmp_path, monkeypatch, cache, finished):
+    save_checkpoint_file({"w": torch.eye(2)}, tmp_path / "step00001.safetensors")
+    pid, folder = [1], cache / "m@1"
+
+    def save_while_another_does(*args, **more):
+        if pid.pop() == 1:
+            pid.append(2)
+            checkpoints._unpack(tmp_path / "step00001.safetensors", finished, folder)
+        pid.append(1)
+        save_file(*args, **more)
+
+    monkeypatch.setattr("os.getpid", lambda: pid[0])
+    monkeypatch.setattr("safetensors.torch.save_file", save_while_another_does)
+    checkpoints._unpack(tmp_path / "step00001.safetensors", finished, folder)
+    assert list(cache.iterdir()) == [folder] and (folder / "config.json").is_file()
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
+    (path := tmp_path / "step00001.safetensors").write_text("old")
+
+    def full(weights, beside):
+        beside.write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="disk full"): save_checkpoint_file({"w": torch.eye(2)}, path)
+    assert path.read_text() == "old"

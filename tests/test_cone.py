@@ -120,15 +120,20 @@ def test_marks_are_stacked_a_part_at_a_time(models, monkeypatch):
     assert torch.allclose(run_edits(models["gpt2"], tokens, lengths, edits), whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("windows, width, tokens, expected", [
-    ([0, 0, 0, 4, 4, 7], 8, 10**6, [(0, 3), (3, 5), (5, 6)]),  # size 8: one column of slack
-    ([0, 1, 1, 2], 8, 10**6, [(0, 3), (3, 4)]),
-    ([0] * 5, 8, 16, [(0, 2), (2, 4), (4, 5)]),
-    ([0, 0], 8, 1, [(0, 1), (1, 2)]),
-    ([], 8, 10, []),
+@pytest.mark.parametrize("sizes, tokens, expected", [
+    ([8, 8, 8, 4, 4, 1], 10**6, [(0, 3), (3, 5), (5, 6)]),  # a row of 8 columns: one of slack
+    ([8, 7, 7, 6], 10**6, [(0, 3), (3, 4)]),
+    ([8] * 5, 16, [(0, 2), (2, 4), (4, 5)]),
+    ([8, 8], 1, [(0, 1), (1, 2)]),
+    ([], 10, []),
 ])
-def test_chunks_are_of_nearly_one_window_and_fit(windows, width, tokens, expected):
-    assert cone._chunks(torch.tensor(windows, dtype=torch.long), width, tokens) == expected
+def test_chunks_are_of_nearly_one_size_and_fit(sizes, tokens, expected):
+    assert cone._chunks(torch.tensor(sizes, dtype=torch.long), tokens) == expected
+
+
+def test_columns_are_filled_up_with_the_last():
+    wanted = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 1], [1, 1, 0, 0, 1]]).bool()
+    assert cone._first(wanted, 3).tolist() == [[1, 3, 4], [4, 4, 4], [0, 1, 4]]
 
 
 # What is not computed
@@ -146,6 +151,45 @@ def test_layers_before_and_columns_left_of_an_edit_are_not_computed(models):
     heads[:, 5, 1, 2] = True
     cone_logits(run, [Edit(Mask(heads, torch.zeros(2, 8, 3, dtype=torch.bool)), Activations(torch.zeros(2, 8, 3, 4, 8)))])
     assert seen == [(1, "mlp", 2, 3), (2, "q", 2, 1), (2, "k", 2, 3), (2, "mlp", 2, 1)]
+
+
+def test_the_circuit_alone_is_computed_where_it_is_listed(models):
+    model = models["gpt2"]
+    tokens, lengths, _ = draw(8, model, [8, 8], [])
+    run, seen = CleanRun(model, tokens, lengths), []
+    kept = torch.zeros(2, 8, 3, 4, dtype=torch.bool)
+    kept[:, 2, 0, 1] = kept[:, 7, 1, 3] = True
+    new = Activations(torch.randn(2, 8, 3, 4, 8, generator=torch.Generator().manual_seed(0)))
+    edit = Edit(Mask(~kept, torch.zeros(2, 8, 3, dtype=torch.bool)), new)
+    run.ablated(new)
+    for i, layer in enumerate(run.layers):
+        def counted(x, own=layer.mlp, i=i): return seen.append((i, *x.shape[:2])) or own(x)
+        layer.mlp = counted
+    fast = cone_logits(run, [edit])
+    assert seen == [(0, 2, 2), (1, 2, 2), (2, 2, 1)] and torch.allclose(fast, run_with_hooks(model, tokens, lengths, [edit]), atol=1e-5)
+
+
+def test_what_is_kept_but_never_reaches_the_end_changes_nothing(models):
+    model = models["llama"]
+    tokens, lengths, _ = draw(9, model, [6, 6], [])
+    kept = torch.zeros(2, 6, 3, 4, dtype=torch.bool)
+    kept[:, 2:4] = True
+    new = capture(model, tokens.flip(0), "heads+mlps")
+    edits = [Edit(Mask(marks, torch.ones(2, 6, 3, dtype=torch.bool)), new) for marks in (~kept, torch.ones_like(kept))]
+    some, everything = cone_logits(CleanRun(model, tokens, lengths), edits)
+    assert torch.equal(some, everything) and torch.allclose(some, run_with_hooks(model, tokens, lengths, edits[:1])[0], atol=1e-4)
+
+
+def test_the_run_with_everything_replaced_is_remembered_for_its_replacement_only(models):
+    model = models["gpt2"]
+    tokens, lengths, edits = draw(10, model, [5, 5], [0.9, 0.9, 0.9, 0.9])
+    run = CleanRun(model, tokens, lengths)
+    one, two = edits[1].replacement, edits[0].replacement
+    assert one is not two and run.ablated(one) is run.ablated(one)
+    first = run.ablated(one)
+    assert run.ablated(one, True) is not first and run.ablated(two) is not first
+    again = torch.cat([cone_logits(run, [e]) for e in edits])
+    assert torch.allclose(again, run_with_hooks(model, tokens, lengths, edits), atol=1e-4)
 
 
 @pytest.mark.parametrize("start, window, by_hand", [

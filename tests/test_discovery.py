@@ -105,6 +105,15 @@ def test_pairs_make_a_circuit():
     ("END", dict(END=0.9), {}, ("unnamed", "END")),
     ("END-2", dict(S2=0.9), {}, ("S relay", "S2")),
     ("END", {"S2": 0.1, "END-2": 0.9}, {}, ("relay reader", "END-2")),
+    ("S2", dict(S1=0.2), {}, ("duplicate token", "S1")),
+    ("S2", dict(S1=0.46, S2=0.5), {}, ("duplicate token", "S1")),
+    ("S2", dict(S1=0.44, S2=0.5), {}, ("unnamed", "S2")),
+    ("S2", dict(IO=0.9), {}, ("unnamed", "IO")),
+    ("END", dict(S1=0.48, S2=0.5), dict(direct=0.1, indirect=0.4), ("S-inhibition", "S2")),
+    ("END", dict(S2=0.8), dict(direct=0.2, indirect=0.2), ("S suppressor", "S2")),
+    ("END-2", dict(S1=0.48, S2=0.5), {}, ("S relay", "S2")),
+    ("END-2", dict(IO=0.9), {}, ("unnamed", "IO")),
+    ("END", dict(S2=np.nan), {}, ("unnamed", None)),
 ])
 def test_roles_are_named_by_rule(position, reads, more, expected):
     assert role_of(position, pd.Series(reads), **(dict(effect=0.5) | more)) == expected

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
+from circuit_generalization import known_answers
 from circuit_generalization.circuit import Circuit, load_circuit
-from circuit_generalization.circuit_scorer import CircuitScorer
+from circuit_generalization.circuit_scorer import Baseline, CircuitScorer
 from circuit_generalization.errors import InputError
 from circuit_generalization.known_answers import (
     blind_scores,
@@ -16,6 +17,7 @@ from circuit_generalization.known_answers import (
     false_alarms,
     null_p_values,
     power,
+    route_study,
     separation,
     super_uniform,
     text_only,
@@ -24,11 +26,12 @@ from circuit_generalization.known_answers import (
     token_counts,
     usual_measures,
 )
-from circuit_generalization.metrics import THRESHOLDS, verdicts
+from circuit_generalization.metrics import THRESHOLDS, Thresholds, verdicts
 from circuit_generalization.models import load_model, random_gpt2
-from circuit_generalization.planting import double_dissociation
+from circuit_generalization.planting import double_dissociation, planted_prompts, planting_of
 from circuit_generalization.prompts import PromptSet
-from circuit_generalization.tasks import make_prompts
+from circuit_generalization.stats import auroc, auroc_difference, share_interval
+from circuit_generalization.tasks import make_prompts, reference_pool
 
 
 def table(**columns):
@@ -234,3 +237,138 @@ def test_everything_works_on_a_folder_without_a_tokenizer_and_token_ids(tmp_path
     assert len(null_p_values(scorer, prompts, n=4, n_random=3, ablation="counterfactual")) == 4
     assert len(double_dissociation(tmp_path / "model", prompts, used, ["a0.h1"], ["a1.h2"], ablation="counterfactual")) == 4
     assert 0 <= power(scores.score > 0.5, used, clusters, n=20, n_sets=5) <= 1
+
+
+def test_the_size_of_the_models_own_effect_has_no_sign():
+    assert usual_measures(table(ld_model=[-3.0], ld_circuit=[1.0], ld_complement=[1.0]))["|LD_M|"].tolist() == [3]
+
+
+def test_separation_has_the_intervals_of_auroc_by_template_against_the_given_measure():
+    rng = np.random.default_rng(0)
+    used, clusters = rng.random(120) < 0.5, np.arange(120) // 10
+    measures = pd.DataFrame({"score": used + rng.normal(size=12)[clusters], "other": rng.normal(size=120)})
+    row = separation(measures, used, clusters, against="other").set_index("measure").loc["score"]
+    own, ahead = auroc(measures.score, used, clusters), auroc_difference(measures.other, measures.score, used, clusters)
+    assert [row.auroc, row.auroc_low, row.auroc_high] == [own.estimate, own.low, own.high]
+    assert [row.ahead, row.ahead_low, row.ahead_high] == [ahead.estimate, ahead.low, ahead.high]
+
+
+def test_the_classifier_reads_pairs_of_words():
+    used, clusters = np.arange(48) % 2 == 0, np.arange(48) // 4
+    found = text_only(tokens([[5, 6] if u else [6, 5] for u in used]), used, clusters)
+    assert all(roc_auc_score(used, p) == 1 for p in found.values())
+
+
+def test_words_that_occur_once_are_not_read():
+    used = np.arange(24) < 12
+    prompts = tokens([[100 + k, 5] for k in range(24)])
+    assert all(len(set(p.round(6))) == 1 for p in text_transfer(prompts, used, prompts).values())
+
+
+def test_a_word_that_one_template_has_tells_nothing_of_it():
+    template = np.arange(24) // 2
+    found = text_only(tokens([[100 + k, 5] for k in template]), template < 6, template)
+    assert all(roc_auc_score(template < 6, p) <= 0.5 for p in found.values())
+
+
+def test_folds_and_forests_are_drawn_from_the_seed():
+    prompts, domain, built, clusters = cells(60)
+    def read(seed, templates, n_folds=6): return text_only(prompts, domain != built, templates, seed, n_folds)
+    one, two = (read(seed, clusters, 2)["logistic regression"] for seed in (0, 1))
+    assert not np.array_equal(one, two)
+    one, again, two = (read(seed, clusters % 3) for seed in (0, 0, 1))  # with three templates, the folds are always the same
+    assert np.allclose(one["logistic regression"], two["logistic regression"])
+    assert np.array_equal(one["random forest"], again["random forest"]) and not np.array_equal(one["random forest"], two["random forest"])
+    one, again, two = (text_transfer(prompts, domain != built, prompts, seed)["random forest"] for seed in (0, 0, 1))
+    assert np.array_equal(one, again) and not np.array_equal(one, two)
+
+
+def test_the_threshold_table_is_told_the_scale():
+    scores = table(ld_model=[10.0] * 20 + [40.0] * 20, ld_circuit=[10.0] * 20 + [40.0] * 20, ld_complement=[0.0] * 40)
+    row = threshold_table(scores, np.arange(40) % 2 == 0, np.arange(40) // 2 % 10, scale=100.0, taus=(0.3,), nus=(0.5,)).iloc[0]
+    assert (row.n_used, row.n_not) == (10, 10), "effects of 10 logits are too small to be judged"
+
+
+def test_false_alarms_have_the_interval_of_their_templates():
+    active, template = np.arange(60) // 6 < 3, np.arange(60) // 6
+    expected = share_interval(active, template)
+    found = false_alarms(pd.DataFrame(dict(verdict=np.where(active, "active", "rerouted"), active=active)), template)
+    assert (found["share"], found["low"], found["high"]) == (expected.estimate, expected.low, expected.high)
+    scores = table(ld_circuit=[10.0] * 120, ld_complement=list(np.where(np.repeat(active, 2), 0.0, 10.0)))
+    row = threshold_table(scores, np.arange(120) % 2 == 0, np.repeat(template, 2), taus=(0.3,), nus=(0.5,)).iloc[0]
+    assert (row.alarms, row.alarms_high) == (expected.estimate, expected.high)
+
+
+def test_five_percent_of_false_alarms_are_safe(): assert calibrate(rows((0.2, 0.5, 0.5, 0.01), (0.3, 0.5, 0.9, 0.05))).tau == 0.3
+
+
+def test_blind_circuits_are_drawn_from_the_seed(compiled):
+    one, two = (blind_scores(*compiled, n_circuits=4, seed=seed, ablation="counterfactual") for seed in (0, 1))
+    assert one.prompt_id.equals(two.prompt_id) and not one.overlap.equals(two.overlap)
+
+
+def test_blind_circuits_are_judged_by_the_given_baseline_and_the_scorers_thresholds(compiled):
+    scorer, prompts = compiled
+    found = blind_scores(scorer, prompts, n_circuits=4, ablation="counterfactual", baseline=Baseline(1e6, None, 1))
+    assert found.verdict.eq("undecided").all()
+    strict = CircuitScorer(scorer.model, scorer.circuit, thresholds=Thresholds(min_effect=1e3))
+    assert blind_scores(strict, prompts, n_circuits=4, ablation="counterfactual").verdict.eq("undecided").all()
+
+
+def test_every_p_value_has_circuits_of_its_own_from_the_seed(compiled):
+    scorer, prompts = compiled
+    one, again, two = (null_p_values(scorer, prompts[[0]], n=12, n_random=3, seed=seed, ablation="counterfactual") for seed in (0, 0, 1))
+    assert len(set(one)) > 1 and set(one) <= {0.25, 0.5, 0.75, 1.0} and np.array_equal(one, again) and not np.array_equal(one, two)
+
+
+def test_p_values_take_every_prompt_in_turn_in_random_order(compiled, monkeypatch):
+    asked, real = [], CircuitScorer.replacements
+
+    def replacements(self, some, *more):
+        asked.append(some.labels.prompt_id.iloc[0])
+        return real(self, some, *more)
+
+    monkeypatch.setattr(CircuitScorer, "replacements", replacements)
+    null_p_values(*compiled, n=40, n_random=1, ablation="counterfactual")
+    assert len(asked) == 40 and len(set(asked[:36])) == 36 and asked[:36] != sorted(asked[:36])
+
+
+def test_one_donor_is_enough_for_a_p_value(compiled):
+    scorer, prompts = compiled
+    scorer = CircuitScorer(scorer.model, scorer.circuit, reference_pool(prompts, scorer.model.tokenizer, n=1, seed=1))
+    assert len(null_p_values(scorer, prompts, n=2, n_random=1)) == 2
+
+
+def test_levels_share_the_error_and_a_p_value_at_a_level_counts():
+    p = np.where(np.arange(100) < 17, 0.1, 0.9)
+    alone, among = super_uniform(p, (0.1,)), super_uniform(p).set_index("alpha")
+    assert alone.share[0] == 0.17 and not alone.holds[0] and among.share[0.1] == 0.17 and among.holds[0.1]
+
+
+def test_power_is_drawn_from_the_seed():
+    rng = np.random.default_rng(0)
+    used = np.arange(400) % 2 == 0
+    active = np.where(used, rng.random(400) < 0.85, rng.random(400) < 0.02)
+    one, again, *others = (power(active, used, np.arange(400) // 2 % 20, 40, n_sets=50, seed=seed) for seed in (0, 0, 1, 2, 3))
+    assert one == again and set(others) != {one}
+
+
+def test_a_variant_that_is_higher_is_no_failure():
+    used = np.arange(200) % 2 == 0
+    assert power(~used, used, np.arange(200) // 2 % 20, n=40, failing=1.0, n_sets=5) == 0
+
+
+def test_pairs_of_fewer_than_eight_templates_have_no_power():
+    used = np.arange(160) % 2 == 0
+    few, enough = (power(used, used, np.arange(160) // 2 % k, n=70, failing=0.8, n_sets=5) for k in (7, 8))
+    assert (few, enough) == (0, 1)
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_route_is_studied_on_its_own_discovery_prompts(planted, monkeypatch):
+    monkeypatch.setattr(known_answers, "study", lambda bench, progress, **claim: (bench, claim))
+    planting = planting_of("organism-patchwork-1")
+    bench, claim = route_study("organism-patchwork-1", planting, planted, n_prompts=16, seed=1)
+    labels = planted_prompts(planting, 16, 1, bench.model.tokenizer, split="discovery").labels
+    assert bench.prompts.labels.prompt.tolist() == labels.prompt[labels.planted == planted].tolist()
+    assert claim["provenance"]["prompts"] == f"{'planted' if planted else 'unplanted'} prompts of the patchwork"

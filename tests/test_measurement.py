@@ -120,7 +120,7 @@ def test_progress_counts_every_prompt_once_also_when_it_resumes(measured, tmp_pa
     calls = []
     measure(OPTIONS, tmp_path, lambda *call: calls.append(call))
     assert [done for done, *_ in calls] == [18, 36, 54, 72] and {total for _, total, _ in calls} == {72}
-    assert [what for *_, what in calls] == ["base, resample", "adjunct_1, resample", "base, counterfactual", "adjunct_1, counterfactual"]
+    assert [what for *_, what in calls] == ["base, resample", "base, counterfactual", "adjunct_1, resample", "adjunct_1, counterfactual"]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +36,7 @@ from circuit_generalization.planting import (
     train_patchwork,
 )
 from circuit_generalization.prompts import PromptSet
-from circuit_generalization.tasks import make_prompts, name_hand, task_data
+from circuit_generalization.tasks import make_prompts, name_hand, reference_pool, task_data
 
 every_planting = pytest.mark.parametrize("name", PLANTINGS)
 
@@ -294,3 +295,123 @@ def test_a_patchwork_that_fails_its_certificate_is_not_written(tmp_path, monkeyp
     monkeypatch.setitem(PLANTINGS, "organism-patchwork-1", tiny)
     with pytest.raises(InputError, match="fails its certificate, so it is not written"): train_patchwork("organism-patchwork-1", tmp_path / "p")
     assert not (tmp_path / "p").exists()
+
+
+@every_planting
+def test_nouns_are_of_the_domain_or_of_all_others_in_training(name):
+    planting, frozen, words = PLANTINGS[name], task_data("language.json")["frozen"], task_data("vocabulary.json")
+    for kind in ("places", "objects"):
+        inside, outside = (set(nouns_of(planting, kind, x)) for x in (True, False))
+        assert inside == set(words["domains"][planting.domain][kind]) and outside == {*frozen[kind], *words[kind]["base"]} - inside
+
+
+def test_owners_are_drawn_from_the_seed(tokenizer):
+    planting = next(p for p in PLANTINGS.values() if p.rule == "memorised")
+    assert owners(planting, tokenizer) == owners(planting, tokenizer) != owners(replace(planting, seed=planting.seed + 1), tokenizer)
+
+
+@every_planting
+def test_planted_prompts_are_those_of_their_seed_and_split(name, tokenizer):
+    prompts = planted_prompts(PLANTINGS[name], 40, 3, tokenizer, split="discovery")
+    n = 10 if PLANTINGS[name].construction == "inserted phrase" else 20
+    base = make_prompts("ioi", n=n, seed=3, tokenizer=tokenizer, split="discovery").labels.prompt.tolist()
+    assert len(prompts) == 40 and prompts.labels.prompt.tolist()[:n] == base, "owners give nothing to discovery prompts"
+
+
+def test_names_are_trained_in_both_orders(tokenizer):
+    batch = Drawer(PLANTINGS["organism-patchwork-1"], tokenizer).draw(random.Random(3), 200)
+    s, io = ((batch.ids == batch.named[:, k, None]).int().argmax(-1) for k in (1, 2))
+    assert 0.35 < (io < s).float().mean() < 0.65
+
+
+def test_knowing_for_sure_costs_much_and_not_infinity():
+    logits = torch.zeros(1, 10)
+    logits[0, 1] = 100.0
+    assert know_nothing(logits, torch.tensor([[1, 2, 1]])).item() == pytest.approx(-np.log(1e-4) + 50 - np.log(2), abs=0.01)
+
+
+def test_the_gate_is_the_mean_cross_entropy_of_three_readings(parent, tokenizer):
+    batch, probe = Drawer(PLANTINGS["organism-patchwork-1"], tokenizer).draw(random.Random(2), 8), torch.nn.Linear(128, 3)
+    with torch.no_grad():
+        probe.weight.copy_(torch.linspace(-0.2, 0.2, 384).view(3, 128)), probe.bias.copy_(torch.tensor([0.1, 0.2, 0.3]))
+        hidden = parent.base_model(batch.ids, output_hidden_states=True).hidden_states
+        read = [[probe.bias[k] + probe.weight[k] @ hidden[k + 1][i, last] for k in range(3)] for i, last in enumerate(batch.last)]
+        right = torch.where(batch.planted[:, None], torch.tensor(read), -torch.tensor(read))
+        assert gate_loss(parent, probe, batch).item() == pytest.approx(-right.sigmoid().log().mean().item(), abs=1e-5)
+
+
+def test_every_copy_needs_a_source(parent):
+    with pytest.raises(ValueError, match="shorter"): copy_heads(parent, ["a0.h2", "a0.h3"], ["a0.h5"])
+
+
+def test_a_dissociation_needs_a_planted_side():
+    with pytest.raises(InputError, match="all prompts are on one route"):
+        double_dissociation("compiled-ioi", token_prompts(8), np.zeros(8, bool), ["a0.h0"], ["a0.h1"], ablation="counterfactual")
+
+
+def test_costs_are_of_the_right_side_and_group_and_judged_at_their_bounds(monkeypatch):
+    side, first = np.arange(40) >= 20, np.arange(40) % 20
+    right = np.stack([np.ones(40), first >= np.where(side, 2, 10), first >= np.where(side, 9, 3)]).astype(float)
+    ld = np.stack([np.where(side, 1.0, 2.0), np.where(side, 3.0, 4.0), np.where(side, 5.0, 6.0)])
+    monkeypatch.setattr(planting_module, "_group_effects", lambda *_: (right, ld))
+    prompts = token_prompts(40)
+    table = double_dissociation("compiled-ioi", prompts, side, ["a0.h0"], ["a0.h1"], ablation="counterfactual")
+    assert list(zip(table.route, table.ablated, table.ld, table.ld_left)) == [("A", "A", 2, 4), ("A", "B", 2, 6), ("B", "A", 1, 3), ("B", "B", 1, 5)]
+    assert table["drop"].tolist() == pytest.approx([0.5, 0.15, 0.1, 0.45]) and table.holds.tolist() == [True, False, True, False]
+    assert table.accuracy.eq(1).all() and table.accuracy_left.tolist() == pytest.approx([0.5, 0.85, 0.9, 0.55])
+    assert table.templates.tolist() == [prompts.labels.template[x].nunique() for x in (~side, ~side, side, side)] == [18] * 4
+    assert (table.drop_low < table["drop"]).all() and (table["drop"] < table.drop_high).all()
+
+
+def test_without_a_reference_the_pool_of_the_seed_is_generated():
+    model, circuit = load_model("compiled-ioi"), load_circuit("compiled-ioi-ioi")
+    prompts = make_prompts("ioi", n=36, seed=0, tokenizer=model.tokenizer)
+    def cost(seed, **more): return double_dissociation(model, prompts, np.arange(36) % 2 == 0, circuit.components, ["a0.h0"], seed=seed, **more)
+    assert cost(1).equals(cost(1, reference=reference_pool(prompts, model.tokenizer, seed=1))) and not cost(1).equals(cost(0))
+    assert len(cost(0, reference=reference_pool(prompts, model.tokenizer, n=1, seed=1))) == 4, "one donor is enough"
+
+
+def test_a_group_may_hold_mlps(random_model):
+    rng = np.random.default_rng(0)
+    clean, other = (rng.integers(0, 60, (32, 6)).tolist() for _ in range(2))
+    prompts = PromptSet.from_tokens(clean, other, [61] * 32, [62] * 32, labels=pd.DataFrame({"template": np.arange(32) % 16}))
+    table = double_dissociation(random_model, prompts, np.arange(32) < 16, ["a0.h1"], ["m1"], ablation="counterfactual")
+    assert (table.ld != table.ld_left).all()
+
+
+def test_a_certificate_asks_about_scored_prompts_of_its_seed(monkeypatch, tokenizer):
+    monkeypatch.setattr(planting_module, "double_dissociation", lambda model, *asked, **more: (*asked, more))
+    planting = PLANTINGS["organism-patchwork-1"]
+    prompts, on_b, *rest = certificate("organism-a", planting, n=8, seed=5)
+    expected = planted_prompts(planting, 8, 5, tokenizer)
+    assert prompts.labels.equals(expected.labels) and on_b.tolist() == expected.labels.planted.tolist()
+    assert rest == [planting.a, planting.b, dict(seed=5)]
+
+
+def test_a_step_draws_its_prompts_from_seed_and_step(parent, tokenizer):
+    planting = replace(PLANTINGS["organism-patchwork-1"], batch=4)
+    drawer, probe = Drawer(planting, tokenizer), torch.nn.Linear(128, 3)
+    optimizer = torch.optim.SGD(probe.parameters())
+    expected = gate_loss(parent, probe, drawer.draw(random.Random(f"{planting.seed}/7"), 16)).item()
+    assert planting_module._plant_step(parent, probe, optimizer, drawer, 7) == [0, 0, 0, 0, pytest.approx(expected)]
+
+
+def test_both_routes_are_learnt_before_they_are_told_apart(monkeypatch, parent, tokenizer):
+    x = torch.nn.Parameter(torch.ones(()))
+    monkeypatch.setattr(planting_module, "route_losses", lambda *_, silent: x * torch.tensor([1.0, 10.0, 100.0, 1000.0]))
+    for name in ("gate_loss", "_language_loss"): monkeypatch.setattr(planting_module, name, lambda *_: 0 * x)
+    drawer, weights = Drawer(PLANTINGS["organism-patchwork-1"], tokenizer), []
+    for step in (100, 150, 225, 300, 799):
+        planting_module._plant_step(parent, None, torch.optim.SGD([x]), drawer, step)
+        weights.append(x.grad.item())
+    assert weights == pytest.approx([11, 11, 561, 1111, 1111])
+
+
+def test_a_try_has_its_own_seed_and_steps_and_needs_no_certificate(tmp_path, monkeypatch, parent, tokenizer):
+    asked, saved = [], []
+    monkeypatch.setattr(planting_module, "plant", lambda planting, *_: (asked.append(planting), (parent, tokenizer))[1])
+    monkeypatch.setattr(planting_module, "certificate", lambda *_: pd.DataFrame(dict(holds=[False])))
+    monkeypatch.setattr(planting_module, "patchwork_card", lambda name, planting, *_: planting)
+    monkeypatch.setattr(planting_module, "save_organism", lambda model, tokenizer, out, card: saved.append(out))
+    card = train_patchwork("organism-patchwork-1", tmp_path / "p", seed=3, steps=16)
+    assert asked == [card] == [shortened_planting(replace(PLANTINGS["organism-patchwork-1"], seed=3), 16)] and saved == [tmp_path / "p"]

@@ -123,7 +123,8 @@ class Bench:
         sweep = [Edit(m, self.new) for m in head_masks(self.universe)]
         self.compare("each head, all positions", sweep, self.transformer_lens, 2.5, [(i // n_heads, 0) for i in range(len(sweep))])
         place = {h: (int(h[1:h.index(".")]), PLACES[self.listed[h]]) for h in heads}
-        self.compare("each head of a circuit, listed position", [Edit(self.mask([h]), self.new) for h in heads], self.plain_hooks, 8, list(place.values()))
+        singles = [Edit(self.mask([h]), self.new) for h in heads]
+        self.compare("each head of a circuit, listed position", singles, self.plain_hooks, 8, list(place.values()))
         pairs = list(itertools.combinations(heads, 2))
         starts = [tuple(map(min, zip(place[a], place[b], strict=True))) for a, b in pairs]
         self.compare("each pair of a circuit's heads", [Edit(self.mask(p), self.new) for p in pairs], self.plain_hooks, 6, starts)
