@@ -17,7 +17,7 @@ INSTALLED := .venv/.installed
 # One thread a worker: the workers already fill the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)
 
-.PHONY: help run test experiments lab nbs clean
+.PHONY: help run test experiments benchmarks lab nbs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 14
@@ -46,10 +46,13 @@ test: $(INSTALLED)  ## Lint, then run every test and every notebook
 	$(TEST)/nbdev-test --n-workers $(WORKERS) --flags slow --timing
 	@echo 'make test: all passed (lint, fast tests, slow tests, notebooks)'
 
-experiments: $(INSTALLED)  ## Run the experiments again (about three quarters of an hour), into experiments/ and results/
+experiments: $(INSTALLED)  ## Run the experiments again (about half an hour), into experiments/ and results/
 	for name in $(EXPERIMENTS); do \
 	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 experiments/$$name.ipynb; done
 	$(BIN)/nbdev-clean --fname experiments
+
+benchmarks: $(INSTALLED)  ## Time the engine against what one would use today (about a quarter of an hour), into results/benchmarks/
+	$(BIN)/python experiments/benchmarks/engine.py
 
 lab: $(INSTALLED)  ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab

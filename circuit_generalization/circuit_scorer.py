@@ -7,7 +7,7 @@ __all__ = ['NO_BASELINE', 'LEVELS', 'POSITIONS', 'COLUMNS', 'N_CALIBRATION', 'ci
            'head_masks', 'ratio_and_error', 'Baseline', 'CircuitScorer', 'Claim', 'ld_under', 'Runs', 'four_runs',
            'null_scores', 'head_profile', 'head_reads', 'engagement']
 
-# %% ../nbs/w08-circuit-scorer.ipynb #0e0096c0
+# %% ../nbs/w08-circuit-scorer.ipynb #bb104038
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from circuit_generalization.metrics import (
     verdicts,
     wanted_tokens,
 )
-from .models import as_bridge, model_name
+from .models import as_bridge, give_back_memory, model_name
 from .prompts import PromptSet
 from .stats import permutation_rank_p
 from .tasks import TASKS, cell_of, make_prompts, reference_pool
@@ -398,7 +398,7 @@ COLUMNS = ("prompt_id base_id model task circuit axis variant template prompt an
            "p_value n_random n_draws s_se n_se universe engine verdict reason active"
            ).split()  # of a table of scores, in this order; engagement_<role>, then reads_<head> follow
 
-# %% ../nbs/w08-circuit-scorer.ipynb #12b6bb9d
+# %% ../nbs/w08-circuit-scorer.ipynb #90f1dedb
 def _score(
     self: CircuitScorer,
     prompts: PromptSet,
@@ -424,6 +424,7 @@ def _score(
         some = prompts[index]
         source = self.replacements(some, ablation, reference, seed, level)
         tables.append(_score_batch(self, some, source, base, nulls, profile, claim).assign(row=index))
+        give_back_memory()
         if progress: progress(len(index))
     measured = pd.concat(tables).sort_values("row").drop(columns="row").reset_index(drop=True)
     used = dict(ablation=ablation.kind, level=level, positions=positions, seed=seed, n_random=n_random, n_draws=ablation.n_draws)

@@ -246,7 +246,7 @@ def run_tasks(args) -> None:
         table = list_variants(task)[["axis", "variant", "templates", "what"]]
         _print_table(f"Task {task}", table.columns, table.itertuples(index=False), ["variant", "what"])
 
-# %% ../nbs/w09c-command-line.ipynb #514841f8
+# %% ../nbs/w09c-command-line.ipynb #bd4ca558
 def _print_plan(plan: dict) -> None:
     print(f"{plan['prompts']} prompts, {plan['passes']} forward passes of one prompt each, about {plan['memory_mb']:.0f} MB beside the model, "
           f"about {plan['seconds']:.0f} s. Nothing was written (--dry-run).")
@@ -268,7 +268,7 @@ def run_measure(args) -> None:
         n_draws=args.draws, n_random=args.n_random, device=args.device, batch_size=args.batch_size, bos=args.bos)
     with quiet(), progress_bar() as progress:
         if args.dry_run: return _print_plan(plan(options))
-        result = measure(options, args.out, progress)
+        result = measure(options, args.out, progress, args.workers)
         figures = save_figures(result.scores, result.table, args.out / "figures", result.ablations)
         report_folder(args.out)
     print_generalization(result.table, args.n_random)
@@ -344,7 +344,7 @@ def run_train(args) -> None:
     _print_table(f"{args.name}, seed {card['seed']}", ["task", "accuracy, %"], rows)
     print(f"Wrote {out}.")
 
-# %% ../nbs/w09c-command-line.ipynb #badca452
+# %% ../nbs/w09c-command-line.ipynb #e274b916
 def _scoring_options(parser: Parser, n_random: int, several: bool) -> None:
     "What `measure` and `score` share."
     how = ("what ablated activations are replaced by: the first gives the scores, the others test the conclusion" if several
@@ -376,6 +376,7 @@ def _measure_options(parser: Parser) -> None:
     parser.add_argument("--circuit", metavar="FILE", help="a packaged circuit or a JSON file (the packaged one of model and task)")
     parser.add_argument("--n-prompts", type=whole(1), default=100, metavar="N", help="prompts a variant (100)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where tables and figures go; the same command resumes there")
+    parser.add_argument("--workers", type=whole(1), metavar="N", help="processes (as many as there are cores, for a long run on the CPU)")
     _scoring_options(parser, 99, several=True)
 
 

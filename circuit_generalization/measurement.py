@@ -4,23 +4,29 @@
 
 # %% auto #0
 __all__ = ['AXES', 'SWEPT', 'PROCESSED', 'MeasureOptions', 'chosen_variants', 'Setting', 'settings_of', 'to_csv', 'Measurement',
-           'measure', 'publish', 'passes_per_prompt', 'seconds_per_pass', 'plan', 'ScoreOptions', 'score_file',
+           'passes_per_prompt', 'measure', 'publish', 'seconds_per_pass', 'plan', 'ScoreOptions', 'score_file',
            'plan_score']
 
-# %% ../nbs/w09a-measurement.ipynb #28a5e7b3
+# %% ../nbs/w09a-measurement.ipynb #e068130b
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from hashlib import sha256
 from importlib import metadata
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from .ablation import Ablation, circuit_mask
 from .circuit import Circuit, load_circuit, packaged_circuits, write_text_atomically
@@ -29,7 +35,7 @@ from .edges import edge_passes
 from .errors import InputError
 from .evidence import variance_components
 from .generalization import ablations_table, generalization_table, setting_name
-from .models import load_model, model_hash
+from .models import load_model, model_hash, quiet
 from .prompts import PromptSet, prompts_hash
 from .tasks import TaskError, list_variants, make_prompts, variant_spec
 
@@ -186,7 +192,7 @@ def _score_shard(job: _Job, pair, setting: Setting, base: Baseline, tick) -> pd.
                               level=setting.level, positions=setting.positions, restore=headline and setting.level == "node")
     return scores if headline else scores[SWEPT]
 
-# %% ../nbs/w09a-measurement.ipynb #b5a517b8
+# %% ../nbs/w09a-measurement.ipynb #6b7f3f66
 @dataclass
 class Measurement:
     "What a measurement found."
@@ -198,79 +204,29 @@ class Measurement:
     manifest: dict
 
 
-def _run_shards(job: _Job, folder: Path, progress) -> Iterator[pd.DataFrame]:
-    "Every (variant, setting), read back from its shard where that is already there."
-    total, done, baselines = sum(map(len, job.prompts.values())) * len(job.settings), 0, {}
-
-    def tick(k):
-        nonlocal done
-        done += k
-        if progress: progress(done, total, what)
-
-    for pair, prompts in job.prompts.items():  # the settings of a variant share its pool, which the scorer remembers
-        for setting in job.settings:
-            same_base = (setting.ablation, setting.level)  # D does not depend on the circuit's positions
-            path, what = _shard_path(folder, job, pair, setting), f"{pair[1]}, {setting.name}"
-            if not path.exists():
-                if same_base not in baselines:
-                    baselines[same_base] = job.scorer.calibrate(prompts, setting.ablation, job.options.seed, setting is job.settings[0],
-                                                                level=setting.level)
-                scored = _score_shard(job, pair, setting, baselines[same_base], tick)
-                folder.mkdir(parents=True, exist_ok=True)  # only now: what cannot be scored leaves no folder behind
-                to_csv(scored, path)
-            else: tick(len(prompts))
-            yield pd.read_csv(path, keep_default_na=False, na_values=[""])
-
-# %% ../nbs/w09a-measurement.ipynb #f30aeca1
-def _commit() -> str | None:
-    "The commit of the checkout that the package runs from, if it runs from one."
-    here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
-    try: return subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError): return None
+def _baselines(job: _Job, folder: Path) -> dict[tuple, Baseline]:
+    "Of every (ablation, level) of which a shard is missing; D does not depend on the circuit's positions."
+    found, base_prompts = {}, next(iter(job.prompts.values()))
+    for setting in job.settings:
+        same = (setting.ablation, setting.level)
+        if same in found or all(_shard_path(folder, job, pair, setting).exists() for pair in job.prompts): continue
+        profile = setting is job.settings[0]
+        found[same] = job.scorer.calibrate(base_prompts, setting.ablation, job.options.seed, profile, level=setting.level)
+    return found
 
 
-def _manifest(job: _Job, seconds: float, table: pd.DataFrame) -> dict:
-    names = ("circuit-generalization", "torch", "transformers", "transformer-lens", "numpy", "pandas", "scipy")
-    return dict(options=asdict(job.options), hashes=job.hashes, left_out=job.left_out, commit=_commit(), python=sys.version.split()[0],
-                versions={n: metadata.version(n) for n in names}, seconds=round(seconds, 1), n_scored=int(table.n.sum()),
-                prepended_bos=job.options.bos, p_values=f"against {job.options.n_random} layer-matched random circuits, one donor draw",
-                thresholds=asdict(job.scorer.thresholds))
+def _score_variant(job: _Job, pair: tuple[str, str], baselines: dict[tuple, Baseline], folder: Path, tick: Callable[[int, str], None]):
+    "A variant in every setting whose shard is missing. The settings share a reference pool, which the scorer remembers."
+    for setting in job.settings:
+        path, what = _shard_path(folder, job, pair, setting), f"{pair[1]}, {setting.name}"
+        if path.exists():
+            tick(len(job.prompts[pair]), what)
+            continue
+        scored = _score_shard(job, pair, setting, baselines[setting.ablation, setting.level], lambda k: tick(k, what))  # noqa: B023
+        folder.mkdir(parents=True, exist_ok=True)  # only now: what cannot be scored leaves no folder behind
+        to_csv(scored, path)
 
-# %% ../nbs/w09a-measurement.ipynb #625e94be
-def measure(
-    options: MeasureOptions,
-    out: str | Path,  # a folder, made if need be
-    progress: Callable[[int, int, str], None] | None = None,  # (prompts done, prompts in all, what is being scored)
-) -> Measurement:
-    "Score every variant, write CSVs and manifest into `out`. Raises `InputError` before anything is written. A killed run resumes."
-    start, job, out = time.monotonic(), _prepare(options), Path(out)
-    shards = out / ".shards"
-    try: parts = list(_run_shards(job, shards, progress))
-    except OSError as e: raise InputError(f"cannot write into {out}: {e.strerror}") from None
-    headline, *others = (parts[k::len(job.settings)] for k in range(len(job.settings)))  # one part a variant
-    scores = pd.concat(headline, ignore_index=True)
-    sweep = pd.concat(sum(others, []), ignore_index=True) if others else pd.DataFrame(columns=SWEPT)
-    tables = dict(table=generalization_table(scores, sweep), ablations=ablations_table(scores, sweep), variance=variance_components(scores, "gap"))
-    result = Measurement(scores, sweep, **tables, manifest=_manifest(job, time.monotonic() - start, tables["table"]))
-    for name, frame in (("scores", scores), ("sweep", sweep), ("generalization", result.table), ("ablations", result.ablations),
-                        ("variance", result.variance)): to_csv(frame, out / f"{name}.csv")
-    write_text_atomically(out / "manifest.json", json.dumps(result.manifest, indent=1) + "\n")
-    shutil.rmtree(shards)
-    return result
-
-# %% ../nbs/w09a-measurement.ipynb #9e2cea1b
-PROCESSED = ("generalization.csv", "ablations.csv", "variance.csv")  # tables; the other files of a measurement are raw
-
-
-def publish(
-    raw: str | Path,  # folder of a finished measurement
-    results: str | Path,  # a folder, made if need be
-):
-    "Move the tables to the results, and leave one row a prompt where it is."
-    Path(results).mkdir(parents=True, exist_ok=True)
-    for name in PROCESSED: shutil.move(Path(raw) / name, Path(results) / name)
-
-# %% ../nbs/w09a-measurement.ipynb #a41b0fc0
+# %% ../nbs/w09a-measurement.ipynb #9ac95f53
 def passes_per_prompt(
     ablation: Ablation,
     n_random: int = 0,  # random circuits
@@ -289,7 +245,111 @@ def _passes(job: _Job, setting: Setting) -> int:
     return passes_per_prompt(setting.ablation, job.n_random(setting) if node else 0, job.scorer.shape[0] * job.scorer.shape[1] if headline else 0,
                              headline and node, edges)
 
+# %% ../nbs/w09a-measurement.ipynb #43c045fa
+_WORTH = 1e12  # multiplications below which one process is faster than several
 
+
+def _useful_workers(job: _Job) -> int:
+    "Processes that a measurement is worth: as many as there are cores, for a large one on the CPU."
+    cfg, cores = job.scorer.model.cfg, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    weights = cfg.n_layers * cfg.d_model * (4 * cfg.n_heads * cfg.d_head + 2 * (cfg.d_mlp or 0))
+    tokens = sum(int(p.lengths.sum()) for p in job.prompts.values()) * sum(_passes(job, s) for s in job.settings)
+    return min(cores, len(job.prompts)) if job.options.device == "cpu" and tokens * weights > _WORTH else 1
+
+
+@lru_cache(maxsize=1)
+def _job_of(options: MeasureOptions) -> _Job:
+    "In a worker process: the job, prepared once; the process has a core of its own."
+    torch.set_num_threads(1)
+    with quiet(): return _prepare(options)
+
+
+def _in_worker(options: MeasureOptions, pair: tuple[str, str], baselines: dict[tuple, Baseline], folder: Path) -> tuple[int, str]:
+    job = _job_of(options)
+    _score_variant(job, pair, baselines, folder, lambda *_: None)
+    return len(job.prompts[pair]) * len(job.settings), pair[1]
+
+
+def _in_processes(job: _Job, baselines: dict[tuple, Baseline], folder: Path, workers: int, tick: Callable[[int, str], None]):
+    "Variants shared out among processes, those with most tokens first."
+    pairs = sorted(job.prompts, key=lambda pair: -int(job.prompts[pair].lengths.sum()))
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        running = [pool.submit(_in_worker, job.options, pair, baselines, folder) for pair in pairs]
+        try:
+            for done in as_completed(running): tick(*done.result())
+        except BrokenProcessPool:
+            raise InputError("a worker process was killed, probably for want of memory: "
+                             "the same command with --workers 1 goes on from here") from None
+        finally: pool.shutdown(cancel_futures=True)
+
+
+def _run_shards(job: _Job, folder: Path, progress, workers: int | None) -> Iterator[pd.DataFrame]:
+    "Every (variant, setting), read back from its shard; what is not there yet is scored first."
+    total, done, baselines = sum(map(len, job.prompts.values())) * len(job.settings), 0, _baselines(job, folder)
+
+    def tick(k, what):
+        nonlocal done
+        done += k
+        if progress: progress(done, total, what)
+
+    workers = 1 if not baselines else workers or _useful_workers(job)
+    if workers > 1: _in_processes(job, baselines, folder, workers, tick)
+    else:
+        for pair in job.prompts: _score_variant(job, pair, baselines, folder, tick)
+    for pair in job.prompts:
+        for setting in job.settings: yield pd.read_csv(_shard_path(folder, job, pair, setting), keep_default_na=False, na_values=[""])
+
+# %% ../nbs/w09a-measurement.ipynb #bdf3491a
+def _commit() -> str | None:
+    "The commit of the checkout that the package runs from, if it runs from one."
+    here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+    try: return subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError): return None
+
+
+def _manifest(job: _Job, seconds: float, table: pd.DataFrame) -> dict:
+    names = ("circuit-generalization", "torch", "transformers", "transformer-lens", "numpy", "pandas", "scipy")
+    return dict(options=asdict(job.options), hashes=job.hashes, left_out=job.left_out, commit=_commit(), python=sys.version.split()[0],
+                versions={n: metadata.version(n) for n in names}, seconds=round(seconds, 1), n_scored=int(table.n.sum()),
+                prepended_bos=job.options.bos, p_values=f"against {job.options.n_random} layer-matched random circuits, one donor draw",
+                thresholds=asdict(job.scorer.thresholds))
+
+# %% ../nbs/w09a-measurement.ipynb #9316e31c
+def measure(
+    options: MeasureOptions,
+    out: str | Path,  # a folder, made if need be
+    progress: Callable[[int, int, str], None] | None = None,  # (prompts done, prompts in all, what is being scored)
+    workers: int | None = None,  # processes; None: as many as the work is worth
+) -> Measurement:
+    "Score every variant, write CSVs and manifest into `out`. Raises `InputError` before anything is written. A killed run resumes."
+    start, job, out = time.monotonic(), _prepare(options), Path(out)
+    shards = out / ".shards"
+    try: parts = list(_run_shards(job, shards, progress, workers))
+    except OSError as e: raise InputError(f"cannot write into {out}: {e.strerror}") from None
+    headline, *others = (parts[k::len(job.settings)] for k in range(len(job.settings)))  # one part a variant
+    scores = pd.concat(headline, ignore_index=True)
+    sweep = pd.concat(sum(others, []), ignore_index=True) if others else pd.DataFrame(columns=SWEPT)
+    tables = dict(table=generalization_table(scores, sweep), ablations=ablations_table(scores, sweep), variance=variance_components(scores, "gap"))
+    result = Measurement(scores, sweep, **tables, manifest=_manifest(job, time.monotonic() - start, tables["table"]))
+    for name, frame in (("scores", scores), ("sweep", sweep), ("generalization", result.table), ("ablations", result.ablations),
+                        ("variance", result.variance)): to_csv(frame, out / f"{name}.csv")
+    write_text_atomically(out / "manifest.json", json.dumps(result.manifest, indent=1) + "\n")
+    shutil.rmtree(shards)
+    return result
+
+# %% ../nbs/w09a-measurement.ipynb #3b3d8412
+PROCESSED = ("generalization.csv", "ablations.csv", "variance.csv")  # tables; the other files of a measurement are raw
+
+
+def publish(
+    raw: str | Path,  # folder of a finished measurement
+    results: str | Path,  # a folder, made if need be
+):
+    "Move the tables to the results, and leave one row a prompt where it is."
+    Path(results).mkdir(parents=True, exist_ok=True)
+    for name in PROCESSED: shutil.move(Path(raw) / name, Path(results) / name)
+
+# %% ../nbs/w09a-measurement.ipynb #3be869a3
 def seconds_per_pass(
     scorer: CircuitScorer,
     prompts: PromptSet,  # of which a few are run
@@ -317,7 +377,7 @@ def plan(
     per_pass = seconds_per_pass(job.scorer, next(iter(job.prompts.values())), options.seed)
     return _cost(job.scorer, n, width, n * sum(_passes(job, s) for s in job.settings), per_pass)
 
-# %% ../nbs/w09a-measurement.ipynb #691625a8
+# %% ../nbs/w09a-measurement.ipynb #91bdfbcf
 @dataclass(frozen=True)
 class ScoreOptions:
     "Everything that decides the scores of a user's prompts."

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,3 +266,37 @@ def test_a_configuration_names_options_that_exist():
     assert MeasureOptions.from_dict(vars(OPTIONS) | dict(axes=["syntactic"])) == OPTIONS
     for given, complaint in ((dict(model="m", prompts=3), "no option 'prompts'"), (dict(seed=3), "needs a model")):
         with pytest.raises(InputError, match=complaint): MeasureOptions.from_dict(given)
+
+
+# processes
+
+@pytest.mark.slow
+def test_processes_write_what_one_process_writes(measured, tmp_path):
+    calls = []
+    measure(OPTIONS, tmp_path / "two", lambda *call: calls.append(call), workers=2)
+    assert [done for done, *_ in calls] == [36, 72] and {what for *_, what in calls} == {"base", "adjunct_1"}
+    for name in TABLES: assert (tmp_path / "two" / name).read_bytes() == (measured[1] / name).read_bytes(), name
+
+
+def test_a_small_measurement_and_one_off_the_cpu_stay_in_one_process(monkeypatch):
+    job = measurement._prepare(OPTIONS)
+    assert measurement._useful_workers(job) == 1
+    monkeypatch.setattr(measurement, "_WORTH", 0)
+    monkeypatch.setattr(measurement.os, "sched_getaffinity", lambda pid: range(8))
+    assert measurement._useful_workers(job) == 2, "there are two variants"
+    assert measurement._useful_workers(replace(job, options=replace(OPTIONS, device="cuda"))) == 1
+
+
+def test_a_worker_that_dies_is_explained(tmp_path, monkeypatch):
+    class Pool:
+        def __init__(self, *_): pass
+        def __enter__(self): return self
+        def __exit__(self, *_): return False
+        def shutdown(self, **_): pass
+        def submit(self, *_):
+            future = Future()
+            future.set_exception(BrokenProcessPool())
+            return future
+
+    monkeypatch.setattr(measurement, "ProcessPoolExecutor", Pool)
+    with pytest.raises(InputError, match="want of memory: the same command with --workers 1 goes on from here"): measure(OPTIONS, tmp_path, workers=2)

@@ -1,5 +1,7 @@
 """The scorer: numbers known by hand or from an independent forward pass, and what must not change a score."""
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -643,3 +645,28 @@ def test_labels_of_the_prompts_never_replace_what_was_measured(random_model):
     plain = score(random_model, HALF, prompts, seed=2)
     pd.testing.assert_frame_equal(table.drop(columns=["answer", "variant"]), plain.drop(columns=["answer", "variant"]))
     assert set(table.answer) == {"A"} and set(table.seed) == {2}
+
+
+# memory
+
+MEASURED = """
+import resource, sys
+import numpy as np
+from circuit_generalization.circuit import Circuit
+from circuit_generalization.circuit_scorer import CircuitScorer
+from circuit_generalization.models import as_bridge, random_gpt2
+from circuit_generalization.prompts import PromptSet
+n, rng = int(sys.argv[1]), np.random.default_rng(0)
+clean, other = (rng.integers(0, 60, (n, 12)).tolist() for _ in range(2))
+prompts = PromptSet.from_tokens(clean, other, [61] * n, [62] * n)
+scorer = CircuitScorer(as_bridge(random_gpt2(seed=0, n_layers=2, n_heads=4, d_model=64, n_vocab=64)), Circuit.from_components(["a0.h1"]))
+assert len(scorer.score(prompts, "counterfactual", n_random=2)) == n
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux gives it")
+def test_twenty_times_the_prompts_need_no_more_memory():
+    peaks = [int(subprocess.run([sys.executable, "-c", MEASURED, str(n)], capture_output=True, text=True, check=True).stdout) for n in (1000, 20_000)]
+    assert peaks[1] < 1.15 * peaks[0]
