@@ -6,7 +6,7 @@
 __all__ = ['ABLATIONS', 'STOCHASTIC', 'Activations', 'capture', 'each', 'Mask', 'universe_mask', 'circuit_mask', 'Ablation',
            'pool_members', 'draw_donors', 'Replacements']
 
-# %% ../nbs/w05-ablation.ipynb #cde9a742
+# %% ../nbs/w05-ablation.ipynb #81e7847d
 import hashlib
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .circuit import Circuit, check_fits
-from .cone import CleanRun, no_cone
+from .cone import CleanRun, no_cone, prompts_at_once
 from .errors import InputError
 from .models import check_tokens
 from .prompts import PromptSet
@@ -32,7 +32,7 @@ class Activations:
     def __getitem__(self, index) -> "Activations":
         return Activations(self.z[index], None if self.mlp is None else self.mlp[index])
 
-# %% ../nbs/w05-ablation.ipynb #efb2f4e3
+# %% ../nbs/w05-ablation.ipynb #2921868d
 def capture(
     model,  # a TransformerBridge
     tokens: Int[Tensor, "prompt pos"],  # right-padded token ids
@@ -41,8 +41,9 @@ def capture(
     "One forward pass; what every component wrote. Raises `InputError` for tokens that the model cannot read."
     check_tokens(model, tokens)
     whats = ("z", "mlp") if universe == "heads+mlps" else ("z",)
-    if no_cone(model) is None: return Activations(*map(CleanRun(model, tokens).said, whats))
-    return Activations(*_captured(model, tokens, whats))
+    if no_cone(model) is not None: return Activations(*_captured(model, tokens, whats))
+    runs = [[run.said(what) for what in whats] for run in (CleanRun(model, some) for some in tokens.split(prompts_at_once(model, tokens.shape[1])))]
+    return Activations(*map(torch.cat, zip(*runs, strict=True)))
 
 
 def _captured(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECEIVER_INPUTS', 'Edit', 'hooks_of', 'run_with_hooks', 'engine_of', 'clean_run', 'run_edits', 'path_patch']
 
-# %% ../nbs/w05b-forward.ipynb #0217777e
+# %% ../nbs/w05b-forward.ipynb #324a9821
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .ablation import Activations, Mask
-from .cone import CleanRun, cone_logits, no_cone
+from .cone import CleanRun, cone_logits, no_cone, prompts_at_once
 from .errors import InputError
 from .models import final_logits
 
@@ -49,7 +49,7 @@ def run_with_hooks(
     with torch.no_grad():
         return torch.stack([final_logits(model, tokens, lengths, hooks_of(e), token_ids) for e in edits])
 
-# %% ../nbs/w05b-forward.ipynb #bd9a39f5
+# %% ../nbs/w05b-forward.ipynb #81df17fd
 def engine_of(
     model,  # a TransformerBridge
 ) -> str:  # 'cone' or 'hooks'
@@ -75,8 +75,17 @@ def run_edits(
     clean: CleanRun | None = None,  # what `clean_run` returned for these prompts; None: it is made
 ) -> Float[Tensor, "edit prompt token"]:
     "Logits at the last real position under each edit. The model is left as it was."
-    clean = clean or clean_run(model, tokens, lengths)
-    return run_with_hooks(model, tokens, lengths, edits, token_ids) if clean is None else cone_logits(clean, edits, token_ids)
+    if clean is not None: return cone_logits(clean, edits, token_ids)
+    if no_cone(model) is not None: return run_with_hooks(model, tokens, lengths, edits, token_ids)
+    parts = [cone_logits(CleanRun(model, tokens[some], lengths[some]), _cut(edits, some), token_ids)
+             for some in torch.arange(len(tokens)).split(prompts_at_once(model, tokens.shape[1]))]
+    return torch.cat(parts, dim=1)
+
+
+def _cut(edits: list[Edit], some: Int[Tensor, " chosen"]) -> list[Edit]:
+    "The edits on some of the prompts; those that share a replacement still do."
+    cut = {id(e.replacement): e.replacement[some] for e in edits}
+    return [Edit(e.mask[some], cut[id(e.replacement)]) for e in edits]
 
 # %% ../nbs/w05b-forward.ipynb #efb3e138
 RECEIVER_INPUTS = ("q", "k", "v")

@@ -120,6 +120,20 @@ def test_marks_are_stacked_a_part_at_a_time(models, monkeypatch):
     assert torch.allclose(run_edits(models["gpt2"], tokens, lengths, edits), whole, atol=1e-5)
 
 
+def test_many_prompts_are_run_a_part_at_a_time(models, monkeypatch):
+    model = models["grouped"]
+    tokens, lengths, edits = draw(6, model, [6, 4, 5, 6, 1], [0.1, 0.5, 1])
+    whole, said = run_edits(model, tokens, lengths, edits), capture(model, tokens, "heads+mlps")
+    assert cone.prompts_at_once(model, 6) == 2**28 // (6 * 3 * (2 * 32 + 3 * 4 * 8) * 4)
+    monkeypatch.setattr(cone, "_KEPT", 2 * 6 * 3 * (2 * 32 + 3 * 4 * 8) * 4)
+    runs, own = [], cone.CleanRun._run
+    monkeypatch.setattr(cone.CleanRun, "_run", lambda self, *replaced: runs.append((len(self.stream), bool(replaced))) or own(self, *replaced))
+    assert torch.allclose(run_edits(model, tokens, lengths, edits), whole, atol=1e-5)
+    assert [n for n, replaced in runs if not replaced] == [2, 2, 1]
+    again = capture(model, tokens, "heads+mlps")
+    assert torch.allclose(again.z, said.z, atol=1e-5) and torch.allclose(again.mlp, said.mlp, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes, tokens, expected", [
     ([8, 8, 8, 4, 4, 1], 10**6, [(0, 3), (3, 5), (5, 6)]),  # a row of 8 columns: one of slack
     ([8, 7, 7, 6], 10**6, [(0, 3), (3, 4)]),
@@ -167,6 +181,21 @@ def test_the_circuit_alone_is_computed_where_it_is_listed(models):
         layer.mlp = counted
     fast = cone_logits(run, [edit])
     assert seen == [(0, 2, 2), (1, 2, 2), (2, 2, 1)] and torch.allclose(fast, run_with_hooks(model, tokens, lengths, [edit]), atol=1e-5)
+
+
+def test_a_kept_mlp_is_computed_where_it_is_kept(models):
+    model = models["gpt2"]
+    tokens, lengths, _ = draw(11, model, [8, 8], [])
+    heads, mlps = torch.ones(2, 8, 3, 4, dtype=torch.bool), torch.ones(2, 8, 3, dtype=torch.bool)
+    mlps[:, 7, 1] = mlps[:, 4, 0] = False
+    new, seen, run = capture(model, tokens.flip(1), "heads+mlps"), [], CleanRun(model, tokens, lengths)
+    run.ablated(new, True)
+    for i, layer in enumerate(run.layers):
+        def counted(x, own=layer.mlp, i=i): return seen.append((i, *x.shape[:2])) or own(x)
+        layer.mlp = counted
+    edit = Edit(Mask(heads, mlps), new)
+    fast = cone_logits(run, [edit])
+    assert seen == [(0, 2, 2), (1, 2, 2), (2, 2, 1)] and torch.allclose(fast, run_with_hooks(model, tokens, lengths, [edit]), atol=1e-4)
 
 
 def test_what_is_kept_but_never_reaches_the_end_changes_nothing(models):
