@@ -331,7 +331,7 @@ def _first(
 ) -> Int[Tensor, "row size"]:
     "The wanted columns of each row, ascending, filled up with the last column."
     order = torch.argsort(~wanted, dim=1, stable=True)[:, :size]
-    return torch.where(wanted.gather(1, order), order, wanted.shape[1] - 1).sort(1).values
+    return torch.where(wanted.gather(1, order), order, wanted.shape[1] - 1)
 
 # %% ../nbs/w05d-causal-cone.ipynb #a20cd345
 @dataclass(frozen=True)
