@@ -277,36 +277,60 @@ class _Rows:
         if len(here) == len(value): return target
         return torch.cat([value[:low], target, value[high:]]) if high - low == len(here) else value.index_copy(0, here, target)
 
-# %% ../nbs/w05d-causal-cone.ipynb #ba3d5a40
+# %% ../nbs/w05d-causal-cone.ipynb #954114cb
+def _taken(
+    kept: Float[Tensor, "prompt pos *size"],
+    prompt: Int[Tensor, " row"],
+    columns: Int[Tensor, "row column"],
+    window: int | None,  # the columns are all from this one on; None: any
+) -> Float[Tensor, "row column *size"]:
+    "Some columns of some prompts."
+    return kept[prompt[:, None], columns] if window is None else kept[prompt, window:]
+
+
+def _among(
+    kept: Float[Tensor, "prompt pos *size"],
+    prompt: Int[Tensor, " row"],
+    columns: Int[Tensor, "row column"],
+    window: int | None,
+    new: Float[Tensor, "row column *size"],
+) -> Float[Tensor, "row pos *size"]:
+    "All columns of some prompts, with new values in some columns."
+    if window is None: return kept[prompt].index_put((torch.arange(len(prompt), device=kept.device)[:, None], columns), new)
+    return torch.cat([kept[prompt, :window], new], 1) if window else new
+
+
 def _of_rows(
     run: CleanRun,
     base: _Kept,  # the run that the rows depart from
     rows: _Rows,
 ) -> Float[Tensor, "row d_model"]:
     "The stream after the last layer, in the last column."
-    n_layers, at = run.shape[0], torch.arange(len(rows.prompt), device=run.device)[:, None]
+    n_layers, end, columns = run.shape[0], run.width - 1, rows.columns
     joined = torch.searchsorted(rows.start, torch.arange(n_layers, device=run.device), right=True).tolist()
-    hidden = run.hidden.expand(len(run.stream), -1, -1, -1)[rows.prompt[:, None], 0, rows.columns][:, None]
-    turns = None if run.cos is None else [t[rows.prompt[:, None], rows.columns] for t in (run.cos, run.sin)]
+    window = run.width - columns.shape[1]
+    if not bool((columns == torch.arange(window, run.width, device=run.device)).all()): window = None
+    if window is not None and len(run.hidden) == 1: hidden = run.hidden[:, :, window:]
+    else: hidden = _taken(run.hidden[:, 0].expand(len(run.stream), -1, -1), rows.prompt, columns, window)[:, None]
+    turns = run.cos is not None and [_taken(t, rows.prompt, columns, window) for t in (run.cos, run.sin)]
     before, stream = 0, None
     for index in range(int(rows.start[0]), n_layers):
         layer, now, last = run.layers[index], joined[index], index == n_layers - 1
         shown, heads, streams = slice(-1, None) if last else slice(None), [], []
         if before:
-            old, spots = rows.prompt[:before], rows.columns[:before]
-            q, k, v = run._qkv(layer, stream, turns and [t[:before] for t in turns], last)
-            k, v = (kept[index][old].index_put((at[:before], spots), new) for kept, new in ((base.k, k), (base.v, v)))
+            q, k, v = run._qkv(layer, stream, [t[:before] for t in turns] if turns else None, last)
+            k, v = (_among(kept[index], rows.prompt[:before], columns[:before], window, new) for kept, new in ((base.k, k), (base.v, v)))
             heads.append(_attended(q, k, v, hidden[:before, :, shown]))
             streams.append(stream[:, shown])
         if now > before:
-            new = rows.prompt[before:now, None], rows.columns[before:now, shown]
-            heads.append(base.z[index][new]), streams.append(base.stream[index][new])
+            new = rows.prompt[before:now], columns[before:now, shown], end if last else window
+            heads.append(_taken(base.z[index], *new)), streams.append(_taken(base.stream[index], *new))
         z = rows.replaced("z", index, torch.cat(heads))
         stream, _ = run._write(layer, torch.cat(streams), z, lambda x: rows.replaced("mlp", index, x))  # noqa: B023
         before = now
     return stream[:, -1]
 
-# %% ../nbs/w05d-causal-cone.ipynb #21f00997
+# %% ../nbs/w05d-causal-cone.ipynb #c1833bf7
 _SLACK = 8  # a row may get one superfluous column in this many
 _STACKED = 2**28  # marks, one byte each, that are stacked at a time
 
