@@ -51,7 +51,7 @@ experiments: $(INSTALLED)  ## Run the experiments again (about half an hour), in
 	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 experiments/$$name.ipynb; done
 	$(BIN)/nbdev-clean --fname experiments
 
-benchmarks: $(INSTALLED)  ## Time the engine against what one would use today (about a quarter of an hour), into results/benchmarks/
+benchmarks: $(INSTALLED)  ## Time the engine against what one would use today (about half an hour), into results/benchmarks/
 	$(BIN)/python experiments/benchmarks/engine.py
 
 lab: $(INSTALLED)  ## Open the notebooks in JupyterLab

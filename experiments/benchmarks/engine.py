@@ -12,6 +12,7 @@ import itertools
 import platform
 import statistics
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,8 @@ def peak_gflops(repeats: int, rows: int, d_in: int, d_out: int) -> float:
 class Bench:
     "One model, its prompts, and rows of the table."
 
-    def __init__(self, name: str, repeats: int, timed: int):
-        self.name, self.repeats, self.timed, self.rows = name, repeats, timed, []
+    def __init__(self, name: str, repeats: int, timed: int, found):
+        self.name, self.repeats, self.timed, self.found = name, repeats, timed, found
         torch.manual_seed(0)
         if name == "gpt2-shaped":
             with quiet(): self.model = as_bridge(transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval())
@@ -114,10 +115,9 @@ class Bench:
         if starts:
             flops = PROMPTS * sum(cone_flops(self.model.cfg, layer, window, TOKENS, 2) for layer, window in starts)
             row |= dict(gflop=flops / 1e9, peak_gflops=self.peak, lower_bound_s=flops / 1e9 / self.peak, share_of_peak=flops / 1e9 / self.peak / mine)
-        self.rows.append(row)
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        self.found(row)
 
-    def run(self) -> list[dict]:
+    def run(self):
         "All questions."
         heads, n_heads = list(self.listed), self.shape[1]
         sweep = [Edit(m, self.new) for m in head_masks(self.universe)]
@@ -130,7 +130,6 @@ class Bench:
         self.compare("each pair of a circuit's heads", [Edit(self.mask(p), self.new) for p in pairs], self.plain_hooks, 6, starts)
         four = [nothing(self.prompts, *self.shape), Edit(self.universe, self.new), *circuit_edits(self.universe, self.mask(heads), self.new)]
         self.compare("scoring: model, all ablated, circuit, complement", four, self.plain_hooks, 1.5)
-        return self.rows
 
 
 def main():
@@ -142,11 +141,18 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "results" / "benchmarks", help="folder of engine.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = [row for name in options.models for row in Bench(name, options.repeats, options.timed).run()]
-    versions = {name: __import__(name).__version__ for name in ("torch", "transformers")}
-    table = pd.DataFrame(rows).assign(repeats=options.repeats, threads=options.threads, machine=platform.machine(), **versions)
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "transformer-lens")}
+    used = dict(repeats=options.repeats, threads=options.threads, machine=platform.machine(), **versions)
     options.out.mkdir(parents=True, exist_ok=True)
-    to_csv(table, options.out / "engine.csv")
+    rows = []
+
+    def found(row):
+        "Print a row, and write all so far: a run that is stopped has lost only what it did not finish."
+        rows.append(row | used)
+        to_csv(pd.DataFrame(rows), options.out / "engine.csv")
+        print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+
+    for name in options.models: Bench(name, options.repeats, options.timed, found).run()
     print(f"Wrote {options.out / 'engine.csv'}.")
 
 
