@@ -272,7 +272,8 @@ class _Rows:
         for number, source in enumerate(self.edits.replacements):
             own = (self.edits.which[edit] == number).nonzero()[:, 0]
             if not len(own): continue
-            new = getattr(source, what)[prompt[own][:, None], pos[own], layer].to(value)
+            said = getattr(source, what)  # perhaps on another device
+            new = said[prompt[own][:, None].to(said.device), pos[own].to(said.device), layer].to(value)
             target = torch.where(mask, new, target) if len(own) == len(here) else target.index_copy(0, own, torch.where(mask[own], new, target[own]))
         if len(here) == len(value): return target
         return torch.cat([value[:low], target, value[high:]]) if high - low == len(here) else value.index_copy(0, here, target)

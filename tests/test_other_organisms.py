@@ -1,10 +1,11 @@
 """`organism-b` and `organism-c` are what their cards say: other algorithms, and another architecture, for the same task."""
 
 import pytest
+import torch
 
 from circuit_generalization.attention import attention_to
 from circuit_generalization.circuit import load_circuit
-from circuit_generalization.models import load_model, model_hash
+from circuit_generalization.models import final_logits, load_model, model_hash
 from circuit_generalization.organisms import ORGANISMS
 from circuit_generalization.tasks import make_prompts, reference_pool
 
@@ -63,6 +64,19 @@ def test_c_has_an_induction_head_that_needs_the_repeated_name(attention):
 def test_suppressors_of_c_read_the_subject_twice_as_much_when_repeated_but_one(attention, head, least, most):
     found = attention("organism-c")
     assert least < found["repeated", "END to S2"][2, head] / found["nothing", "END to S2"][2, head] < most
+
+
+def test_c_prefers_the_other_name_also_where_none_is_repeated():
+    "As its card says: the logit difference is 12.5, and 17.2 when another name stands in the place of the first S."
+    model = load_model("organism-c")
+    prompts, others = (make_prompts("ioi", n=72, seed=0, tokenizer=model.tokenizer, split=split) for split in ("scored", "discovery"))
+    tokens, rows = prompts.tokens.clone(), torch.arange(72)
+    tokens[rows, prompts.positions["S1"]] = others.answers[:, 0]
+    found = []
+    for given in (prompts.tokens, tokens):
+        logits = final_logits(model, given, prompts.lengths)
+        found.append((logits.gather(1, prompts.answers) - logits.gather(1, prompts.distractors)).mean().item())
+    assert found == pytest.approx([12.5, 17.2], abs=0.05)
 
 
 def test_c_is_of_another_family():
