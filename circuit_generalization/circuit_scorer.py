@@ -22,7 +22,7 @@ from .ablation import STOCHASTIC, Ablation, Activations, Mask, Replacements, cap
 from .attention import attention_to
 from .circuit import Circuit, check_fits, load_circuit
 from .controls import random_circuits
-from .edges import EdgeReplacements, capture_senders, check_edges, edge_logits, listeners
+from .edges import EdgeReplacements, capture_senders, check_edges, listeners
 from .errors import InputError
 from .forward import CleanRun, Edit, clean_run, engine_of, run_edits
 from circuit_generalization.metrics import (
@@ -43,6 +43,7 @@ from .models import as_bridge, give_back_memory, model_name
 from .prompts import PromptSet
 from .stats import permutation_rank_p
 from .tasks import TASKS, cell_of, make_prompts, reference_pool
+from .views import edge_logits
 
 # %% ../nbs/w08-circuit-scorer.ipynb #d3e5411b
 def circuit_edits(
@@ -240,11 +241,18 @@ class Runs:
     kl: Float[np.ndarray, " prompt"]  # KL(M || C) over the vocabulary, nats, mean of the draws
 
 
+def _edge_ld(model, prompts: PromptSet, circuit: Circuit, clean: Activations, new: Activations, keep="circuit") -> Float[np.ndarray, " prompt"]:
+    "LD with a circuit's edges alone, or without them: only answers and distractors are unembedded."
+    ids, *columns = wanted_tokens(prompts.answers, prompts.distractors)
+    return _logit_differences(edge_logits(model, prompts, circuit, clean, new, keep, ids)[None], prompts, tuple(columns))[0]
+
+
 def _edge_runs(model, prompts: PromptSet, claim: Claim, clean: Activations, new: Activations):
     "LDs of all ablated, the circuit's edges, their complement; and the circuit's logits."
-    runs = (replace(claim.circuit, edges=None), "circuit"), (claim.circuit, "circuit"), (claim.circuit, "complement")
-    logits = torch.stack([edge_logits(model, prompts, circuit, clean, new, keep) for circuit, keep in runs])
-    return _logit_differences(logits, prompts), logits[1]
+    alone = edge_logits(model, prompts, claim.circuit, clean, new)
+    ablated, without = (_edge_ld(model, prompts, c, clean, new, k) for c, k in ((replace(claim.circuit, edges=None), "circuit"),
+                                                                                (claim.circuit, "complement")))
+    return np.stack([ablated, _logit_differences(alone[None], prompts)[0], without]), alone
 
 
 def _node_runs(model, prompts: PromptSet, claim: Claim, new: Activations, run: CleanRun | None):
@@ -436,8 +444,7 @@ CircuitScorer.score = _score
 # %% ../nbs/w08-circuit-scorer.ipynb #753d8ba7
 def _finish(self: CircuitScorer, measured: pd.DataFrame, prompts: PromptSet, base: Baseline, used: dict) -> pd.DataFrame:
     "Labels before, verdicts after, columns in the order of the contract."
-    engine = engine_of(self.model) if used["level"] == "node" else "hooks"
-    used = used | dict(model=model_name(self.model), circuit=self.circuit.name, universe=self.circuit.universe, engine=engine)
+    used = used | dict(model=model_name(self.model), circuit=self.circuit.name, universe=self.circuit.universe, engine=engine_of(self.model))
     labels = prompts.labels.drop(columns=[c for c in prompts.labels if c in measured or c in used]).reset_index(drop=True)
     table = pd.concat([labels, measured], axis=1).assign(**used)
     judged = verdicts(table, scale=base.scale, thresholds=self.thresholds)
@@ -501,7 +508,7 @@ def _baseline_batch(self, prompts: PromptSet, reference: PromptSet | None, ablat
     edits = [Edit(universe, new) for new in draws] if level == "node" else []
     model, *ablated = ld_under(self.model, prompts, [nothing(prompts, *self.shape), *edits], run)
     if level == "edge":
-        ablated = _logit_differences(torch.stack([edge_logits(self.model, prompts, Circuit((), kind), clean, new) for new in draws]), prompts)
+        ablated = np.stack([_edge_ld(self.model, prompts, Circuit((), kind), clean, new) for new in draws])
     return model, np.mean(ablated, axis=0), head_profile(self, prompts, draws[0], model, run) if profile else None
 
 

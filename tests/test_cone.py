@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-import transformers
+from families import FAMILIES, made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,26 +13,7 @@ from circuit_generalization import cone, forward
 from circuit_generalization.ablation import Activations, Mask, _captured, capture
 from circuit_generalization.cone import CleanRun, cone_flops, cone_logits, no_cone
 from circuit_generalization.forward import Edit, clean_run, engine_of, run_edits, run_with_hooks
-from circuit_generalization.models import as_bridge, final_logits, load_model, random_gpt2
-
-SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, max_position_embeddings=32)
-FAMILIES = dict(
-    gpt2=lambda: random_gpt2(seed=0, n_layers=3, n_heads=4, d_model=32, n_vocab=97),
-    one_layer=lambda: random_gpt2(seed=0, n_layers=1, n_heads=2, d_model=32, n_vocab=97),
-    llama=lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)),
-    grouped=lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_key_value_heads=2)),
-    pythia=lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL, rotary_pct=0.25)),
-    in_turn=lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL, use_parallel_residual=False)),
-)
-
-
-def made(name):
-    "A model with random weights, large enough that a mistake shows."
-    torch.manual_seed(0)
-    hf = FAMILIES[name]().eval()
-    with torch.no_grad():
-        for p in hf.parameters(): p.mul_(1 if hf.config.model_type == "gpt2" else 2)  # our own are large as they are
-    return as_bridge(hf)
+from circuit_generalization.models import as_bridge, final_logits, load_model
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +137,7 @@ def test_layers_before_and_columns_left_of_an_edit_are_not_computed(models):
     model = models["gpt2"]
     tokens, lengths, _ = draw(7, model, [8, 8], [])
     run, seen = CleanRun(model, tokens, lengths), []
+    assert run.kept.final is not None  # the clean pass is made when it is first asked for
     for i, layer in enumerate(run.layers):
         for part in ("q", "k", "mlp"):
             own = getattr(layer, part)
@@ -175,7 +157,7 @@ def test_the_circuit_alone_is_computed_where_it_is_listed(models):
     kept[:, 2, 0, 1] = kept[:, 7, 1, 3] = True
     new = Activations(torch.randn(2, 8, 3, 4, 8, generator=torch.Generator().manual_seed(0)))
     edit = Edit(Mask(~kept, torch.zeros(2, 8, 3, dtype=torch.bool)), new)
-    run.ablated(new)
+    assert run.kept and run.ablated(new)
     for i, layer in enumerate(run.layers):
         def counted(x, own=layer.mlp, i=i): return seen.append((i, *x.shape[:2])) or own(x)
         layer.mlp = counted
@@ -189,7 +171,7 @@ def test_a_kept_mlp_is_computed_where_it_is_kept(models):
     heads, mlps = torch.ones(2, 8, 3, 4, dtype=torch.bool), torch.ones(2, 8, 3, dtype=torch.bool)
     mlps[:, 7, 1] = mlps[:, 4, 0] = False
     new, seen, run = capture(model, tokens.flip(1), "heads+mlps"), [], CleanRun(model, tokens, lengths)
-    run.ablated(new, True)
+    assert run.kept and run.ablated(new, True)
     for i, layer in enumerate(run.layers):
         def counted(x, own=layer.mlp, i=i): return seen.append((i, *x.shape[:2])) or own(x)
         layer.mlp = counted

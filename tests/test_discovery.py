@@ -130,13 +130,14 @@ def test_pruning_drops_decoys_and_keeps_what_is_needed(bench):
 
 def test_a_head_of_the_last_layer_has_only_its_direct_path(bench):
     whole = (bench.model_ld - bench.lacking(circuit_of_pairs([("a3.h3", "END")]))).mean() / bench.scale
-    assert path_effect(bench, ("a3.h3", "END"), "logits") == pytest.approx(whole, abs=1e-5)
+    assert path_effect(bench, ("a3.h3", "END"), ["logits"], 2).tolist() == pytest.approx([whole], abs=1e-5)
     assert whole < -0.3, "the negative mover holds the model back"
 
 
 def test_a_mover_acts_on_the_logits_and_on_the_negative_mover_only(bench):
-    assert path_effect(bench, ("a2.h0", "END"), "logits") > 0.1
-    assert abs(path_effect(bench, ("a2.h0", "END"), ("a3.h0", "END", "v"))) < 1e-3
+    to_logits, to_value, to_query = path_effect(bench, ("a2.h0", "END"), ["logits", ("a3.h0", "END", "v"), ("a3.h3", "END", "q")])
+    assert to_logits > 0.1 and abs(to_value) < 1e-3 and abs(to_query) > 0.05
+    assert path_effect(bench, ("a2.h0", "END"), []).shape == (0,)
 
 
 def test_the_attack_finds_a_missing_role(bench):

@@ -13,14 +13,24 @@ from hypothesis import strategies as st
 from circuit_generalization import edges as module
 from circuit_generalization.ablation import ABLATIONS, Ablation, Replacements, capture, circuit_mask, universe_mask
 from circuit_generalization.circuit import Circuit, CircuitError, load_circuit
-from circuit_generalization.edges import EdgeReplacements, capture_senders, check_edges, edge_logits, edge_passes, every_edge, head_views, listeners
+from circuit_generalization.edges import (
+    EdgeReplacements,
+    capture_senders,
+    check_edges,
+    edge_logits_with_hooks,
+    edge_passes,
+    every_edge,
+    head_views,
+    listeners,
+)
 from circuit_generalization.errors import InputError
 from circuit_generalization.exact_scores import causal_softmax, gelu_new, layer_norm, numpy_weights
-from circuit_generalization.forward import Edit, path_patch, run_edits
+from circuit_generalization.forward import Edit, Path, path_patch_with_hooks, run_edits
 from circuit_generalization.metrics import logit_difference
 from circuit_generalization.models import as_bridge, component_names, final_logits, micro_gpt2, random_gpt2
 from circuit_generalization.prompts import PromptSet
 from circuit_generalization.tasks import make_prompts
+from circuit_generalization.views import edge_logits
 
 LAYERS, HEADS, VOCAB = 3, 2, 20
 hf = random_gpt2(seed=3, n_layers=LAYERS, n_heads=HEADS, d_model=16, n_vocab=VOCAB, n_positions=12)
@@ -35,8 +45,11 @@ universes, keeps, few = st.sampled_from(UNIVERSES), st.sampled_from(["circuit", 
 
 
 def logits_of(circuit, keep="circuit", some=slice(None)):
+    "What the oracle says; the engine says the same, so whatever is asserted of one is true of both."
     clean, new = (acts[some] for acts in said[circuit.universe])
-    return edge_logits(model, prompts[some], circuit, clean, new, keep)
+    fast, slow = (f(model, prompts[some], circuit, clean, new, keep) for f in (edge_logits, edge_logits_with_hooks))
+    close(fast, slow)
+    return slow
 
 
 def close(a, b, atol=1e-5): np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=0, atol=atol)
@@ -139,8 +152,8 @@ def test_one_edge_ablated_is_path_patching(edge, universe, positions):
     to = "logits" if receiver == "logits" else (int(receiver[1]), int(receiver[4]), receiver[6])
     at = circuit_mask(circuit, prompts, LAYERS, HEADS).heads[:, :, layer, head]
     clean, new = capture(model, prompts.tokens, "heads+mlps"), said[universe][1].z[:, :, layer, head]
-    close(logits_of(circuit, "complement"), path_patch(model, prompts.tokens, prompts.lengths, (layer, head), to, clean, new, at,
-                                                       hold_mlps=universe == "heads+mlps"))
+    path = Path((layer, head), to, new, at)
+    close(logits_of(circuit, "complement"), path_patch_with_hooks(model, prompts.tokens, prompts.lengths, path, clean, universe == "heads+mlps"))
 
 
 @few
@@ -174,14 +187,15 @@ def test_order_batches_and_padding_change_nothing(circuit, keep, order, extra):
     def widen(x): return torch.nn.functional.pad(x, (0, extra), value=7)
     wide = replace(prompts, tokens=widen(prompts.tokens), counterfactual=widen(prompts.counterfactual))
     clean, new = (capture_senders(model, t, circuit.universe) for t in (wide.tokens, wide.counterfactual))
-    close(edge_logits(model, wide, circuit, clean, new, keep), whole)
+    for engine in (edge_logits, edge_logits_with_hooks): close(engine(model, wide, circuit, clean, new, keep), whole)
 
 
 def test_wanted_tokens_are_columns_and_nothing_is_changed():
     circuit, wanted = Circuit((), "heads+mlps", edges=everything["heads+mlps"][::3]), torch.tensor([7, 2])
     clean, new = said["heads+mlps"]
     before = [x.clone() for acts in (clean, new) for x in (acts.z, acts.mlp)]
-    assert torch.equal(edge_logits(model, prompts, circuit, clean, new, token_ids=wanted), logits_of(circuit)[:, wanted])
+    for engine in (edge_logits, edge_logits_with_hooks):
+        close(engine(model, prompts, circuit, clean, new, token_ids=wanted), logits_of(circuit)[:, wanted])
     assert all(torch.equal(a, b) for a, b in zip(before, [x for acts in (clean, new) for x in (acts.z, acts.mlp)]))
     assert torch.equal(final_logits(model, prompts.tokens, prompts.lengths), own)
     assert not any(hook for point in model.hook_dict.values() for hook in point.fwd_hooks), "no hook is left behind"
@@ -193,7 +207,7 @@ def test_the_cost_is_known(circuit, keep):
     calls, run = [], module.final_logits
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "final_logits", lambda *args, **how: calls.append(1) or run(*args, **how))
-        logits_of(circuit, keep)
+        edge_logits_with_hooks(model, prompts, circuit, *said[circuit.universe], keep)
     assert len(calls) == edge_passes(circuit, LAYERS, HEADS, keep)
 
 
@@ -257,7 +271,8 @@ def test_edges_that_the_model_cannot_have_are_refused(edge, words):
 
 
 def test_other_bad_input():
-    with pytest.raises(InputError, match="keep='alone'"): logits_of(Circuit(()), "alone")
+    for engine in (edge_logits, edge_logits_with_hooks):
+        with pytest.raises(InputError, match="keep='alone'"): engine(model, prompts, Circuit(()), *said["heads"], "alone")
     with pytest.raises(CircuitError, match="a0.h7"): logits_of(Circuit.from_components(["a0.h7"], edges=("a0.h0->logits",)))
     shared_keys = SimpleNamespace(cfg=SimpleNamespace(n_layers=1, n_heads=4, n_key_value_heads=2))
     with pytest.raises(InputError, match="share their keys and values"): check_edges(Circuit(()), shared_keys)

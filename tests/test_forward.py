@@ -10,14 +10,22 @@ from hypothesis import strategies as st
 
 from circuit_generalization.ablation import Activations, Mask, capture
 from circuit_generalization.errors import InputError
-from circuit_generalization.forward import Edit, engine_of, path_patch, run_edits, run_with_hooks
+from circuit_generalization.forward import Edit, Path, engine_of, path_patch_with_hooks, run_edits, run_with_hooks
 from circuit_generalization.models import as_bridge, final_logits, micro_gpt2, random_gpt2
+from circuit_generalization.views import path_patch
 
 LAYERS, HEADS, WIDTH, VOCAB, PLACES = 3, 2, 16, 20, 12
 SIZE = WIDTH // HEADS
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
 few = settings(max_examples=12, deadline=None)
 both = pytest.mark.parametrize("run", [pytest.param(run_edits, id="cone"), pytest.param(run_with_hooks, id="hooks")])
+
+
+def follow_in_cone(model, tokens, lengths, path, clean, hold_mlps=False, token_ids=None):
+    return path_patch(model, tokens, lengths, [path], hold_mlps, token_ids)[0]
+
+
+both_follow = pytest.mark.parametrize("follow", [pytest.param(follow_in_cone, id="cone"), pytest.param(path_patch_with_hooks, id="hooks")])
 
 
 # The oracle
@@ -220,7 +228,7 @@ def test_the_model_and_the_edit_are_left_as_they_were(run):
     copies = [x.clone() for x in (tokens, lengths, edit.mask.heads, edit.mask.mlps, edit.replacement.z, edit.replacement.mlp)]
     own = final_logits(model, tokens, lengths)
     got = run(model, tokens, lengths, [edit, edit])
-    path_patch(model, tokens, lengths, (0, 1), (2, 0, "q"), clean, edit.replacement.z[:, :, 0, 1])
+    path_patch(model, tokens, lengths, [Path((0, 1), (2, 0, "q"), edit.replacement.z[:, :, 0, 1])])
     assert torch.equal(got[0], got[1]) and not got.requires_grad
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()) and torch.equal(final_logits(model, tokens, lengths), own)
     given = tokens, lengths, edit.mask.heads, edit.mask.mlps, edit.replacement.z, edit.replacement.mlp
@@ -244,7 +252,8 @@ def test_prompts_beyond_the_context_are_refused(run, extra):
     long, n = torch.zeros(2, PLACES + extra, dtype=torch.long), torch.tensor([3, PLACES + extra])
     edit, message = random_edit(0, shape=long.shape), f"the longest prompt has {PLACES + extra} tokens; the model takes at most {PLACES}"
     for refused in (lambda: run(model, long, n, [edit]), lambda: capture(model, long),
-                    lambda: path_patch(model, long, n, (0, 0), "logits", edit.replacement, edit.replacement.z[:, :, 0, 0])):
+                    lambda: path_patch(model, long, n, [Path((0, 0), "logits", edit.replacement.z[:, :, 0, 0])]),
+                    lambda: path_patch_with_hooks(model, long, n, Path((0, 0), "logits", edit.replacement.z[:, :, 0, 0]), edit.replacement)):
         with pytest.raises(InputError, match=message): refused()
     with pytest.raises(InputError, match=rf"has 3 tokens \(padded to {PLACES + extra}\)"): final_logits(model, long, torch.tensor([3, 2]))
     capture(model, long[:, :PLACES])
@@ -274,33 +283,36 @@ def path_by_hand(i, sender, receiver, new, sender_at, receiver_at, hold_mlps):
 receivers = st.just("logits") | st.tuples(st.integers(0, LAYERS - 1), st.integers(0, HEADS - 1), st.sampled_from("qkv"))
 
 
+@both_follow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.tuples(st.integers(0, LAYERS - 1), st.integers(0, HEADS - 1)), receivers, *[st.booleans()] * 3)
-def test_paths_are_the_oracles(seed, sender, receiver, some_senders, some_receivers, hold_mlps):
+def test_paths_are_the_oracles(follow, seed, sender, receiver, some_senders, some_receivers, hold_mlps):
     g = torch.Generator().manual_seed(seed)
     new = torch.randn(*tokens.shape, SIZE, generator=g)
     ats = [torch.rand(tokens.shape, generator=g) < 0.5 if some else None for some in (some_senders, some_receivers)]
-    got = path_patch(model, tokens, lengths, sender, receiver, clean, new, *ats, hold_mlps=hold_mlps)
+    got = follow(model, tokens, lengths, Path(sender, receiver, new, *ats), clean, hold_mlps)
     for i, prompt in enumerate(PROMPTS):
         here = [np.ones(len(prompt), bool) if at is None else at[i, : len(prompt)].numpy() for at in ats]
         close(got[i], path_by_hand(i, sender, receiver, new[i].double().numpy(), *here, hold_mlps))
 
 
+@both_follow
 @pytest.mark.parametrize("receiver", ["logits", (2, 0, "q"), (2, 1, "k"), (2, 1, "v")])
-def test_a_path_is_not_nothing(receiver):
+def test_a_path_is_not_nothing(follow, receiver):
     new = torch.randn(*tokens.shape, SIZE, generator=torch.Generator().manual_seed(0))
     own = final_logits(model, tokens, lengths)
-    a, b = (path_patch(model, tokens, lengths, (0, 1), receiver, clean, new, hold_mlps=hold) for hold in (False, True))
+    a, b = (follow(model, tokens, lengths, Path((0, 1), receiver, new), clean, hold) for hold in (False, True))
     assert (a - own)[:3].abs().max() > 1e-3 and (b - own)[:3].abs().max() > 1e-3 and (a - b)[:3].abs().max() > 1e-4
-    upstream = path_patch(model, tokens, lengths, (2, 0), (2, 1, "k"), clean, new)
+    upstream = follow(model, tokens, lengths, Path((2, 0), (2, 1, "k"), new), clean)
     close(upstream, own)
 
 
-def test_wanted_tokens_of_a_path():
+@both_follow
+def test_wanted_tokens_of_a_path(follow):
     new, wanted = torch.ones(*tokens.shape, SIZE), torch.tensor([4, 1])
     for receiver in ("logits", (1, 0, "v")):
-        whole, some = (path_patch(model, tokens, lengths, (0, 0), receiver, clean, new, token_ids=t) for t in (None, wanted))
-        assert torch.equal(whole[:, wanted], some)
+        whole, some = (follow(model, tokens, lengths, Path((0, 0), receiver, new), clean, token_ids=t) for t in (None, wanted))
+        close(whole[:, wanted], some)
 
 
 @pytest.mark.parametrize("sender, receiver, hold, message", [
@@ -309,5 +321,7 @@ def test_wanted_tokens_of_a_path():
     ((0, 2), "logits", False, "no head a0.h2"), ((0, 0), (1, 5, "q"), False, "no head a1.h5"), ((0, -1), "logits", False, "no head a0.h-1"),
     ((0, 0), "logits", True, "to hold the MLPs, capture them")])
 def test_paths_that_are_none_are_refused(sender, receiver, hold, message):
-    with pytest.raises(InputError, match=message):
-        path_patch(model, tokens, lengths, sender, receiver, Activations(clean.z), torch.zeros(*tokens.shape, SIZE), hold_mlps=hold)
+    path = Path(sender, receiver, torch.zeros(*tokens.shape, SIZE))
+    with pytest.raises(InputError, match=message): path_patch_with_hooks(model, tokens, lengths, path, Activations(clean.z), hold)
+    if hold: return  # the engine captures what it holds
+    with pytest.raises(InputError, match=message): path_patch(model, tokens, lengths, [path])

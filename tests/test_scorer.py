@@ -357,9 +357,9 @@ def test_edge_level_is_what_edge_logits_say(random_model, universe, positions):
     clean, new = (edges.capture_senders(random_model, t, universe) for t in (prompts.tokens, prompts.counterfactual))
     runs = dict(ld_circuit=(claim, "circuit"), ld_complement=(claim, "complement"), ld_ablated=(replace(claim, edges=None), "circuit"))
     for column, (c, keep) in runs.items():
-        logits = edges.edge_logits(random_model, prompts, c, clean, new, keep)
+        logits = edges.edge_logits_with_hooks(random_model, prompts, c, clean, new, keep)
         np.testing.assert_allclose(table[column], logit_difference(logits, prompts.answers, prompts.distractors), atol=1e-5)
-    assert set(table.level) == {"edge"} and set(table.positions) == {positions} and set(table.universe) == {universe}
+    assert all(set(table[c]) == {v} for c, v in dict(level="edge", engine="cone", positions=positions, universe=universe).items())
     node = score(random_model, circuit, prompts, positions=positions)
     assert (table.ld_circuit - node.ld_circuit).abs().max() > 1e-3 and set(node.level) == {"node"}
     close(table, node, ["ld_model", "engagement", "reads_a0.h1", "reads_a1.h0", *(["ld_ablated"] if universe == "heads" else [])])
@@ -477,6 +477,7 @@ def test_the_cost_of_the_options(random_model, monkeypatch):
     calls, cost, run, passes = [], {}, circuit_scorer.run_edits, edges.final_logits
     monkeypatch.setattr(circuit_scorer, "run_edits", lambda *a, **how: calls.extend(a[3]) or run(*a, **how))
     monkeypatch.setattr(edges, "final_logits", lambda *a, **how: calls.append(1) or passes(*a, **how))
+    monkeypatch.setattr(circuit_scorer, "edge_logits", edges.edge_logits_with_hooks)
     for name, how in (("node", {}), ("restored", dict(restore=True)), ("all", dict(positions="all")), ("edge", dict(level="edge"))):
         calls.clear()
         score(random_model, listed, prompts, Ablation("resample", 3), reference=pool_of(prompts), **how)
