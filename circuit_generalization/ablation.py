@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'STOCHASTIC', 'Activations', 'capture', 'each', 'Mask', 'universe_mask', 'circuit_mask', 'Ablation',
-           'pool_members', 'draw_donors', 'Replacements']
+           'pool_members', 'draw_donors', 'Remembered', 'Replacements']
 
-# %% ../nbs/w05-ablation.ipynb #81e7847d
+# %% ../nbs/w05-ablation.ipynb #3ae9e779
 import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -196,7 +198,31 @@ def draw_donors(
                          f"use --draws {len(members[small[0]])}, or add reference prompts")
     return torch.stack([torch.from_numpy(_prompt_rng(prompts, i, seed).permutation(m)[:n_draws]) for i, m in enumerate(members)], dim=1)
 
-# %% ../nbs/w05-ablation.ipynb #1d81d73d
+# %% ../nbs/w05-ablation.ipynb #87a12cd0
+class Remembered:
+    "What was made for a key: the latest that together fit. What is larger is made again each time."
+
+    def __init__(self, most: int = 2**28):  # bytes
+        self.most, self.kept = most, OrderedDict()
+
+    @staticmethod
+    def _size(acts: tuple[Activations, ...]) -> int: return sum(x.nbytes for a in acts for x in (a.z, a.mlp) if x is not None)
+
+    def get(
+        self,
+        key: tuple,
+        make: Callable[[], tuple[Activations, ...]],
+    ) -> tuple[Activations, ...]:
+        "What is kept for the key; what `make` makes where nothing is."
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            return self.kept[key]
+        made = make()
+        if self._size(made) <= self.most: self.kept[key] = made
+        while sum(map(self._size, self.kept.values())) > self.most: self.kept.popitem(last=False)
+        return made
+
+# %% ../nbs/w05-ablation.ipynb #c39a66e7
 class Replacements:
     "Replacement activations for a prompt set, draw by draw. Raises `InputError` where the ablation lacks what it needs."
 
@@ -209,9 +235,10 @@ class Replacements:
         universe: str = "heads",
         seed: int = 0,
         batch_size: int = 256,  # prompts a forward pass when pools are averaged
+        memory: Remembered | None = None,  # of runs of this model as it is now, shared with other replacements; None: its own
     ):
         self.model, self.prompts, self.ablation, self.reference = model, prompts, ablation, reference
-        self.universe, self.seed, self.batch_size = universe, seed, batch_size
+        self.universe, self.seed, self.batch_size, self.memory = universe, seed, batch_size, memory or Remembered()
         if ablation.needs_reference and reference is None:
             raise InputError(f"{ablation.kind} ablation needs reference prompts: pass reference= (--reference FILE), or use "
                              "--ablation counterfactual")
@@ -230,7 +257,11 @@ class Replacements:
         "What ablated activations of the chosen prompts are replaced by."
         return getattr(self, f"_{self.ablation.kind}")(d, index, clean)
 
-    def _resample(self, d, index, clean): return self._capture(self.reference.tokens[self.donors[d, index]])
+    def _resample(self, d, index, clean):
+        each_once, which = self.donors.unique(return_inverse=True)
+        tokens = self.reference.tokens[each_once]
+        if len(tokens) * self._bytes > self.memory.most: return self._capture(tokens[which[d, index]])
+        return self._capture(tokens)[which[d, index]]
 
     def _counterfactual(self, d, index, clean): return self._capture(self.prompts.counterfactual[index])
 
@@ -247,10 +278,22 @@ class Replacements:
         draws = [_prompt_rng(self.prompts, int(i), self.seed, d, like.ndim).standard_normal(like.shape[1:], np.float32) for i in index]
         return torch.from_numpy(np.stack(draws)).to(like.device)
 
-    def _capture(self, tokens):
+    def _run(self, tokens: Int[Tensor, "prompt pos"]) -> Activations: return capture(self.model, tokens, self.universe)
+
+    @property
+    def _bytes(self) -> int:
+        "About what one prompt's activations take."
+        cfg = self.model.cfg
+        each = cfg.n_heads * cfg.d_head + (cfg.d_model if self.universe == "heads+mlps" else 0)
+        return self.prompts.tokens.shape[1] * cfg.n_layers * each * next(self.model.parameters()).element_size()
+
+    def _remember(self, what: str, tokens: Int[Tensor, "prompt pos"], make: Callable[[Tensor], tuple[Activations, ...]]):
         "Of other prompts, in the width of the prompts (they are as long; the rest is padding)."
         width = self.prompts.tokens.shape[1]
-        return capture(self.model, torch.nn.functional.pad(tokens[:, :width], (0, max(0, width - tokens.shape[1]))), self.universe)
+        tokens = torch.nn.functional.pad(tokens[:, :width], (0, max(0, width - tokens.shape[1]))).contiguous()
+        return self.memory.get((what, type(self).__name__, self.universe, tokens.shape, tokens.numpy().tobytes()), lambda: make(tokens))
+
+    def _capture(self, tokens): return self._remember("runs", tokens, lambda tokens: (self._run(tokens),))[0]
 
     def _average(self, members):
         "Mean and standard deviation per position of every pool that the prompts use."
@@ -260,6 +303,10 @@ class Replacements:
         self.mean, self.std = (each(lambda *x: torch.stack(x), *of_all) for of_all in zip(*moments))
 
     def _moments(self, members):
-        parts = [self._capture(self.reference.tokens[m]) for m in members.split(self.batch_size)]
-        whole = each(lambda *x: torch.cat(x), *parts)
-        return each(lambda x: x.mean(0), whole), each(lambda x: x.std(0, correction=0), whole)
+        def make(tokens): return _mean_and_deviation(map(self._run, tokens.split(self.batch_size)))
+        return self._remember("moments", self.reference.tokens[members], make)
+
+
+def _mean_and_deviation(parts: Iterable[Activations]) -> tuple[Activations, Activations]:
+    whole = each(lambda *x: torch.cat(x), *parts)
+    return each(lambda x: x.mean(0), whole), each(lambda x: x.std(0, correction=0), whole)

@@ -9,6 +9,7 @@ __all__ = ['NO_BASELINE', 'LEVELS', 'POSITIONS', 'COLUMNS', 'N_CALIBRATION', 'ci
 
 # %% ../nbs/w08-circuit-scorer.ipynb #bb104038
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .ablation import STOCHASTIC, Ablation, Activations, Mask, Replacements, capture, circuit_mask, universe_mask
+from circuit_generalization.ablation import (
+    STOCHASTIC,
+    Ablation,
+    Activations,
+    Mask,
+    Remembered,
+    Replacements,
+    capture,
+    circuit_mask,
+    universe_mask,
+)
 from .attention import attention_to
 from .circuit import Circuit, check_fits, load_circuit
 from .controls import random_circuits
@@ -135,14 +146,27 @@ class CircuitScorer:
         if batch_size < 1: raise InputError(f"batch size {batch_size}: at least one prompt must fit")
         self.reference, self.thresholds, self.batch_size = reference, thresholds, batch_size
         self._pool: tuple = (None, None, None)  # prompts, seed and pool last generated: the settings of a sweep share them
+        self._memory: Remembered | None = None  # of donors' runs, while they are shared
 
     @property
     def shape(self) -> tuple[int, int]: return self.model.cfg.n_layers, self.model.cfg.n_heads
 
+    @contextmanager
+    def sharing_runs(self):
+        "While this lasts, calls on the same prompts share their donors' runs. The model must stay as it is."
+        self._memory = Remembered()
+        try: yield self
+        finally: self._memory = None
+
     def replacements(self, prompts: PromptSet, ablation: Ablation, reference: PromptSet | None, seed: int, level: str) -> Replacements:
         "What is put in the place of what is ablated: of every sender at edge level, else of every component."
         source = EdgeReplacements if level == "edge" else Replacements
-        return source(self.model, prompts, ablation, reference, self.circuit.universe, seed, self.batch_size)
+        return source(self.model, prompts, ablation, reference, self.circuit.universe, seed, self.batch_size, self._memory)
+
+    def said(self, prompts: PromptSet, ablation: Ablation, level: str) -> Activations | None:
+        "What every sender says. None where nobody asks: noise is added to it, and edges are kept at it."
+        if level == "edge": return capture_senders(self.model, prompts.tokens, self.circuit.universe)
+        return capture(self.model, prompts.tokens, self.circuit.universe) if ablation.kind == "noise" else None
 
     def pool(self, prompts: PromptSet, ablation: Ablation, seed: int) -> PromptSet | None:
         "The reference prompts: the user's, or generated ones for a task that we know."
@@ -270,7 +294,7 @@ def four_runs(
     scorer: "CircuitScorer",
     prompts: PromptSet,
     source: Replacements,
-    clean: Activations,  # of the prompts
+    clean: Activations | None,  # what `CircuitScorer.said` returned
     claim: Claim | None = None,  # None: the scorer's circuit, nodes at listed positions
     run: CleanRun | None = None,  # of the prompts; None: made where the model has a cone
 ) -> Runs:
@@ -377,7 +401,7 @@ def _score_batch(
     scorer: "CircuitScorer", prompts: PromptSet, source: Replacements, base: Baseline, nulls: list[Circuit], profile: bool, claim: Claim,
 ) -> pd.DataFrame:
     "Every measured column, one row a prompt."
-    clean = (capture_senders if claim.level == "edge" else capture)(scorer.model, prompts.tokens, scorer.circuit.universe)
+    clean = scorer.said(prompts, source.ablation, claim.level)
     run = clean_run(scorer.model, prompts.tokens, prompts.lengths)
     runs, reads = four_runs(scorer, prompts, source, clean, claim, run), head_reads(scorer.model, scorer.circuit, prompts)
     roles, alone, restored = engagement(scorer.circuit, reads), runs.circuit.mean(0), runs.restored.mean(0)
@@ -501,7 +525,7 @@ def _baseline_on(
 def _baseline_batch(self, prompts: PromptSet, reference: PromptSet | None, ablation: Ablation, seed: int, profile: bool, level: str):
     "LD_M, LD_ablated, and the head profile of some base prompts."
     kind, source = self.circuit.universe, self.replacements(prompts, ablation, reference, seed, level)
-    clean = (capture_senders if level == "edge" else capture)(self.model, prompts.tokens, kind)
+    clean = self.said(prompts, ablation, level)
     draws = [source.draw(d, torch.arange(len(prompts)), clean) for d in range(ablation.n_draws)]
     universe = universe_mask(prompts, *self.shape, kind)
     run = clean_run(self.model, prompts.tokens, prompts.lengths)

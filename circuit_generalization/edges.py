@@ -96,9 +96,7 @@ def _embedded(model, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt
 class EdgeReplacements(Replacements):
     "Replacements for all senders: those of `Replacements`, and in 'heads+mlps' the embedding's."
 
-    def _capture(self, tokens):
-        width = self.prompts.tokens.shape[1]
-        return capture_senders(self.model, torch.nn.functional.pad(tokens[:, :width], (0, max(0, width - tokens.shape[1]))), self.universe)
+    def _run(self, tokens): return capture_senders(self.model, tokens, self.universe)
 
 # %% ../nbs/w05c-edges.ipynb #ed863b52
 def sender_mask(mask: Mask, sender: str) -> Bool[Tensor, "prompt pos"]:

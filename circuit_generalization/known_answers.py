@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
-from .ablation import Ablation, capture
+from .ablation import Ablation
 from .circuit import Circuit, save_circuit
 from .circuit_scorer import CircuitScorer, four_runs, null_scores
 from .controls import overlap, random_circuit
@@ -222,7 +222,7 @@ def null_p_values(
         some = prompts[[int(i)]]
         source = scorer.replacements(some, ablation, pool, seed + k, "node")
         claim, *nulls = (random_circuit(scorer.circuit, *scorer.shape, np.random.default_rng([seed, 9, k, r])) for r in range(n_random + 1))
-        clean = capture(scorer.model, some.tokens, scorer.circuit.universe)
+        clean = scorer.said(some, ablation, "node")
         run = clean_run(scorer.model, some.tokens, some.lengths)
         runs, new = four_runs(scorer, some, source, clean, run=run), source.draw(0, torch.arange(1), clean)
         own, *theirs = null_scores(scorer, some, new, [claim, *nulls], runs, run)

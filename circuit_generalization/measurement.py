@@ -216,15 +216,16 @@ def _baselines(job: _Job, folder: Path) -> dict[tuple, Baseline]:
 
 
 def _score_variant(job: _Job, pair: tuple[str, str], baselines: dict[tuple, Baseline], folder: Path, tick: Callable[[int, str], None]):
-    "A variant in every setting whose shard is missing. The settings share a reference pool, which the scorer remembers."
-    for setting in job.settings:
-        path, what = _shard_path(folder, job, pair, setting), f"{pair[1]}, {setting.name}"
-        if path.exists():
-            tick(len(job.prompts[pair]), what)
-            continue
-        scored = _score_shard(job, pair, setting, baselines[setting.ablation, setting.level], lambda k: tick(k, what))  # noqa: B023
-        folder.mkdir(parents=True, exist_ok=True)  # only now: what cannot be scored leaves no folder behind
-        to_csv(scored, path)
+    "A variant in every setting whose shard is missing. The settings share a reference pool, and its runs."
+    with job.scorer.sharing_runs():
+        for setting in job.settings:
+            path, what = _shard_path(folder, job, pair, setting), f"{pair[1]}, {setting.name}"
+            if path.exists():
+                tick(len(job.prompts[pair]), what)
+                continue
+            scored = _score_shard(job, pair, setting, baselines[setting.ablation, setting.level], lambda k: tick(k, what))  # noqa: B023
+            folder.mkdir(parents=True, exist_ok=True)  # only now: what cannot be scored leaves no folder behind
+            to_csv(scored, path)
 
 # %% ../nbs/w09a-measurement.ipynb #9ac95f53
 def passes_per_prompt(

@@ -8,12 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from circuit_generalization import ablation as module
 from circuit_generalization.ablation import (
     ABLATIONS,
     STOCHASTIC,
     Ablation,
     Activations,
     Mask,
+    Remembered,
     Replacements,
     capture,
     circuit_mask,
@@ -298,3 +300,38 @@ def test_prompts_that_the_model_cannot_read():
     for kind in ("counterfactual", "zero"):
         assert "has 40 tokens" in refusal(source(kind, prompts=long, reference=None).draw, 0, torch.tensor([0])), kind
     assert "token ids from 3 to 30, but the model knows 0 to 29" in refusal(capture, model, torch.tensor([[3, 30]]))
+
+
+# What is remembered
+
+@pytest.fixture
+def runs(monkeypatch):
+    "The numbers of prompts that were run together."
+    seen = []
+    monkeypatch.setattr(module, "capture", lambda model, tokens, universe: seen.append(len(tokens)) or capture(model, tokens, universe))
+    return seen
+
+
+def test_a_donor_runs_once_for_all_prompts_and_draws(runs):
+    drawn = source("resample", 3)
+    for d in range(3): drawn.draw(d, torch.arange(4))
+    assert runs == [len(drawn.donors.unique())] and runs[0] < drawn.donors.numel()
+
+
+def test_settings_share_runs_and_their_replacements_are_the_same(runs):
+    memory, every = Remembered(), torch.arange(4)
+    def all_draws(**how): return [source(kind, 3, **how).draw(d, every, clean) for kind in ABLATIONS for d in (0, 0)]
+    alone = all_draws()
+    first, again = all_draws(memory=memory), len(runs)
+    second = all_draws(memory=memory)
+    assert len(runs) == again, "all was remembered"
+    for a, b, c in zip(alone, first, second, strict=True): assert torch.equal(a.z, b.z) and torch.equal(b.z, c.z) and torch.equal(a.mlp, c.mlp)
+    assert not torch.equal(source("resample", 3, seed=1, memory=memory).draw(0, every).z, first[0].z), "another seed, other donors"
+    source("resample", 3, universe="heads", memory=memory).draw(0, every)
+    assert len(runs) == again + 2, "another universe, another run"
+
+
+def test_what_does_not_fit_is_run_draw_by_draw(runs):
+    small = source("resample", 3, memory=Remembered(most=10))
+    for d in range(3): assert torch.equal(small.draw(d, torch.arange(4)).z[:, :3], source("resample", 3).draw(d, torch.arange(4)).z[:, :3])
+    assert runs.count(4) == 3 and not small.memory.kept

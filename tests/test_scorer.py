@@ -486,6 +486,17 @@ def test_the_cost_of_the_options(random_model, monkeypatch):
     assert cost == dict(node=1 + 3 * 3, restored=1 + 3 * 4, all=1 + 3 * 3, edge=1 + 3 * per_draw)
 
 
+def test_settings_may_share_their_donors_runs(compiled, monkeypatch):
+    prompts, scorer, runs = make_prompts("ioi", n=4, tokenizer=compiled.tokenizer), CircuitScorer(compiled, compiled_circuit()), []
+    own = Replacements._run
+    monkeypatch.setattr(Replacements, "_run", lambda self, tokens: runs.append(len(tokens)) or own(self, tokens))
+    def sweep(): return [scorer.score(prompts, Ablation("resample", 3), baseline=NO_BASELINE, positions=at, **QUICK) for at in ("listed", "all")]
+    apart, cost = sweep(), len(runs)
+    with scorer.sharing_runs(): together = sweep()
+    for a, b in zip(apart, together, strict=True): pd.testing.assert_frame_equal(a, b, check_exact=True)
+    assert cost == 2 and len(runs) == cost + 1 and scorer._memory is None
+
+
 # calibration
 
 def test_without_a_task_there_is_no_scale_and_a_reason(random_model, compiled, exact):
