@@ -17,7 +17,7 @@ INSTALLED := .venv/.installed
 # One thread a worker: the workers already fill the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)
 
-.PHONY: help run test experiments benchmarks lab nbs clean
+.PHONY: help run test experiments benchmarks benchmarks-peers lab nbs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 14
@@ -53,6 +53,9 @@ experiments: $(INSTALLED)  ## Run the experiments again (about half an hour), in
 
 benchmarks: $(INSTALLED)  ## Time the engine against what one would use today (about half an hour), into results/benchmarks/
 	$(BIN)/python experiments/benchmarks/engine.py
+
+benchmarks-peers: $(INSTALLED)  ## Time it against pyvene and AutoCircuit, each installed in its own environment under .peers/ (20 minutes)
+	$(BIN)/python experiments/benchmarks/peers.py
 
 lab: $(INSTALLED)  ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab

@@ -25,7 +25,7 @@ from .attention import attention_to
 from .circuit import Circuit, Component, role_components, without
 from .circuit_scorer import ld_under
 from .errors import InputError
-from .forward import CleanRun, Edit, Path, clean_run
+from .forward import CleanRun, Edit, PathEdit, clean_run
 from .metrics import bounded_score, incompleteness, logit_difference, necessity, sufficiency, wanted_tokens
 from .models import as_bridge, model_hash, model_name
 from .prompts import PromptSet
@@ -212,7 +212,7 @@ def path_effect(
     def end(r): return r if r == "logits" else (Component.parse(r[0]).layer, Component.parse(r[0]).head, r[2])
     def where(r): return None if r == "logits" else _marks(bench, *r[:2])
     said = [new.z[:, :, c.layer, c.head] for new in bench.donors[:n_draws]]
-    paths = [Path((c.layer, c.head), end(r), new, _marks(bench, *sender), where(r)) for r in receivers for new in said]
+    paths = [PathEdit((c.layer, c.head), end(r), new, _marks(bench, *sender), where(r)) for r in receivers for new in said]
     ids, *columns = wanted_tokens(some.answers, some.distractors)
     ld = logit_difference(path_patch(bench.model, some.tokens, some.lengths, paths, token_ids=ids, clean=bench.run).cpu().double(), *columns).numpy()
     return (bench.model_ld - ld).reshape(len(receivers), -1).mean(1) / bench.scale

@@ -17,7 +17,7 @@ from .ablation import Activations, Mask, capture, each
 from .circuit import Circuit, Component
 from .cone import CleanRun, attended, cone_logits, no_cone, prompts_at_once, rotated
 from .edges import check_edges, edge_logits_with_hooks, head_views, listed_mask, listeners, sender_mask
-from .forward import INPUTS, Edit, Path, check_path, path_patch_with_hooks
+from .forward import INPUTS, Edit, PathEdit, check_path, path_patch_with_hooks
 from .models import check_tokens
 from .prompts import PromptSet
 
@@ -50,10 +50,10 @@ def _reached(run: CleanRun, changed: Bool[Tensor, "prompt pos"] | None) -> Bool[
     return real if changed is None else real & run.aligned(changed)
 
 
-def _stop(run: CleanRun, path: Path) -> int: return run.shape[0] if path.receiver == "logits" else path.receiver[0]
+def _stop(run: CleanRun, path: PathEdit) -> int: return run.shape[0] if path.receiver == "logits" else path.receiver[0]
 
 
-def _carry(run: CleanRun, paths: Sequence[Path], hold_mlps: bool) -> _Carried:
+def _carry(run: CleanRun, paths: Sequence[PathEdit], hold_mlps: bool) -> _Carried:
     "What each receiver hears where its sender is changed."
     at = torch.stack([_reached(run, p.sender_at) & (p.sender[0] < _stop(run, p)) for p in paths])
     for i, p in enumerate(paths): at[i, :, :-1] &= p.receiver != "logits"
@@ -74,7 +74,7 @@ def _carry(run: CleanRun, paths: Sequence[Path], hold_mlps: bool) -> _Carried:
     return _Carried(path, prompt, column, stream)
 
 # %% ../nbs/w05e-views-in-the-cone.ipynb #e0c32e2f
-def _receiver_edit(run: CleanRun, path: Path, told: _Carried, own: Int[Tensor, " row"]) -> Edit:
+def _receiver_edit(run: CleanRun, path: PathEdit, told: _Carried, own: Int[Tensor, " row"]) -> Edit:
     "What the receiving head says when some of its inputs are made from the carried rows."
     layer, head, which = path.receiver
     block, size = run.layers[layer], run.shape[-1]
@@ -98,7 +98,7 @@ _TOGETHER = 32  # paths that are carried together
 
 def path_logits(
     run: CleanRun,
-    paths: Sequence[Path],
+    paths: Sequence[PathEdit],
     hold_mlps: bool = False,  # True: the direct paths only; False: through MLPs as well
     token_ids: Int[Tensor, " token"] | None = None,  # the tokens wanted; None: the whole vocabulary
 ) -> Float[Tensor, "path prompt token"]:
@@ -120,7 +120,7 @@ def path_patch(
     model,  # a TransformerBridge
     tokens: Int[Tensor, "prompt pos"],  # right-padded token ids
     lengths: Int[Tensor, " prompt"],
-    paths: Sequence[Path],
+    paths: Sequence[PathEdit],
     hold_mlps: bool = False,  # True: the direct paths only; False: through MLPs as well
     token_ids: Int[Tensor, " token"] | None = None,  # the tokens wanted; None: the whole vocabulary
     clean: CleanRun | None = None,  # what `clean_run` returned for these prompts; None: it is made

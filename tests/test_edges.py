@@ -25,7 +25,7 @@ from circuit_generalization.edges import (
 )
 from circuit_generalization.errors import InputError
 from circuit_generalization.exact_scores import causal_softmax, gelu_new, layer_norm, numpy_weights
-from circuit_generalization.forward import Edit, Path, path_patch_with_hooks, run_edits
+from circuit_generalization.forward import Edit, PathEdit, path_patch_with_hooks, run_edits
 from circuit_generalization.metrics import logit_difference
 from circuit_generalization.models import as_bridge, component_names, final_logits, micro_gpt2, random_gpt2
 from circuit_generalization.prompts import PromptSet
@@ -152,7 +152,7 @@ def test_one_edge_ablated_is_path_patching(edge, universe, positions):
     to = "logits" if receiver == "logits" else (int(receiver[1]), int(receiver[4]), receiver[6])
     at = circuit_mask(circuit, prompts, LAYERS, HEADS).heads[:, :, layer, head]
     clean, new = capture(model, prompts.tokens, "heads+mlps"), said[universe][1].z[:, :, layer, head]
-    path = Path((layer, head), to, new, at)
+    path = PathEdit((layer, head), to, new, at)
     close(logits_of(circuit, "complement"), path_patch_with_hooks(model, prompts.tokens, prompts.lengths, path, clean, universe == "heads+mlps"))
 
 

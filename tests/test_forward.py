@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from circuit_generalization.ablation import Activations, Mask, capture
 from circuit_generalization.errors import InputError
-from circuit_generalization.forward import Edit, Path, engine_of, path_patch_with_hooks, run_edits, run_with_hooks
+from circuit_generalization.forward import Edit, PathEdit, engine_of, path_patch_with_hooks, run_edits, run_with_hooks
 from circuit_generalization.models import as_bridge, final_logits, micro_gpt2, random_gpt2
 from circuit_generalization.views import path_patch
 
@@ -228,7 +228,7 @@ def test_the_model_and_the_edit_are_left_as_they_were(run):
     copies = [x.clone() for x in (tokens, lengths, edit.mask.heads, edit.mask.mlps, edit.replacement.z, edit.replacement.mlp)]
     own = final_logits(model, tokens, lengths)
     got = run(model, tokens, lengths, [edit, edit])
-    path_patch(model, tokens, lengths, [Path((0, 1), (2, 0, "q"), edit.replacement.z[:, :, 0, 1])])
+    path_patch(model, tokens, lengths, [PathEdit((0, 1), (2, 0, "q"), edit.replacement.z[:, :, 0, 1])])
     assert torch.equal(got[0], got[1]) and not got.requires_grad
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()) and torch.equal(final_logits(model, tokens, lengths), own)
     given = tokens, lengths, edit.mask.heads, edit.mask.mlps, edit.replacement.z, edit.replacement.mlp
@@ -252,8 +252,8 @@ def test_prompts_beyond_the_context_are_refused(run, extra):
     long, n = torch.zeros(2, PLACES + extra, dtype=torch.long), torch.tensor([3, PLACES + extra])
     edit, message = random_edit(0, shape=long.shape), f"the longest prompt has {PLACES + extra} tokens; the model takes at most {PLACES}"
     for refused in (lambda: run(model, long, n, [edit]), lambda: capture(model, long),
-                    lambda: path_patch(model, long, n, [Path((0, 0), "logits", edit.replacement.z[:, :, 0, 0])]),
-                    lambda: path_patch_with_hooks(model, long, n, Path((0, 0), "logits", edit.replacement.z[:, :, 0, 0]), edit.replacement)):
+                    lambda: path_patch(model, long, n, [PathEdit((0, 0), "logits", edit.replacement.z[:, :, 0, 0])]),
+                    lambda: path_patch_with_hooks(model, long, n, PathEdit((0, 0), "logits", edit.replacement.z[:, :, 0, 0]), edit.replacement)):
         with pytest.raises(InputError, match=message): refused()
     with pytest.raises(InputError, match=rf"has 3 tokens \(padded to {PLACES + extra}\)"): final_logits(model, long, torch.tensor([3, 2]))
     capture(model, long[:, :PLACES])
@@ -290,7 +290,7 @@ def test_paths_are_the_oracles(follow, seed, sender, receiver, some_senders, som
     g = torch.Generator().manual_seed(seed)
     new = torch.randn(*tokens.shape, SIZE, generator=g)
     ats = [torch.rand(tokens.shape, generator=g) < 0.5 if some else None for some in (some_senders, some_receivers)]
-    got = follow(model, tokens, lengths, Path(sender, receiver, new, *ats), clean, hold_mlps)
+    got = follow(model, tokens, lengths, PathEdit(sender, receiver, new, *ats), clean, hold_mlps)
     for i, prompt in enumerate(PROMPTS):
         here = [np.ones(len(prompt), bool) if at is None else at[i, : len(prompt)].numpy() for at in ats]
         close(got[i], path_by_hand(i, sender, receiver, new[i].double().numpy(), *here, hold_mlps))
@@ -301,9 +301,9 @@ def test_paths_are_the_oracles(follow, seed, sender, receiver, some_senders, som
 def test_a_path_is_not_nothing(follow, receiver):
     new = torch.randn(*tokens.shape, SIZE, generator=torch.Generator().manual_seed(0))
     own = final_logits(model, tokens, lengths)
-    a, b = (follow(model, tokens, lengths, Path((0, 1), receiver, new), clean, hold) for hold in (False, True))
+    a, b = (follow(model, tokens, lengths, PathEdit((0, 1), receiver, new), clean, hold) for hold in (False, True))
     assert (a - own)[:3].abs().max() > 1e-3 and (b - own)[:3].abs().max() > 1e-3 and (a - b)[:3].abs().max() > 1e-4
-    upstream = follow(model, tokens, lengths, Path((2, 0), (2, 1, "k"), new), clean)
+    upstream = follow(model, tokens, lengths, PathEdit((2, 0), (2, 1, "k"), new), clean)
     close(upstream, own)
 
 
@@ -311,7 +311,7 @@ def test_a_path_is_not_nothing(follow, receiver):
 def test_wanted_tokens_of_a_path(follow):
     new, wanted = torch.ones(*tokens.shape, SIZE), torch.tensor([4, 1])
     for receiver in ("logits", (1, 0, "v")):
-        whole, some = (follow(model, tokens, lengths, Path((0, 0), receiver, new), clean, token_ids=t) for t in (None, wanted))
+        whole, some = (follow(model, tokens, lengths, PathEdit((0, 0), receiver, new), clean, token_ids=t) for t in (None, wanted))
         close(whole[:, wanted], some)
 
 
@@ -321,7 +321,7 @@ def test_wanted_tokens_of_a_path(follow):
     ((0, 2), "logits", False, "no head a0.h2"), ((0, 0), (1, 5, "q"), False, "no head a1.h5"), ((0, -1), "logits", False, "no head a0.h-1"),
     ((0, 0), "logits", True, "to hold the MLPs, capture them")])
 def test_paths_that_are_none_are_refused(sender, receiver, hold, message):
-    path = Path(sender, receiver, torch.zeros(*tokens.shape, SIZE))
+    path = PathEdit(sender, receiver, torch.zeros(*tokens.shape, SIZE))
     with pytest.raises(InputError, match=message): path_patch_with_hooks(model, tokens, lengths, path, Activations(clean.z), hold)
     if hold: return  # the engine captures what it holds
     with pytest.raises(InputError, match=message): path_patch(model, tokens, lengths, [path])

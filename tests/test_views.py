@@ -15,7 +15,7 @@ from circuit_generalization.circuit import Circuit
 from circuit_generalization.cone import CleanRun
 from circuit_generalization.edges import capture_senders, edge_logits_with_hooks, every_edge
 from circuit_generalization.errors import InputError
-from circuit_generalization.forward import Path, clean_run, path_patch_with_hooks
+from circuit_generalization.forward import PathEdit, clean_run, path_patch_with_hooks
 from circuit_generalization.models import load_model
 from circuit_generalization.prompts import PromptSet
 from circuit_generalization.tasks import make_prompts
@@ -43,7 +43,7 @@ def random_paths(model, prompts, seed, n, receivers="qkv"):
     for _ in range(n):
         sender, layer = (below(cfg.n_layers), below(cfg.n_heads)), below(cfg.n_layers + 1)
         receiver = "logits" if layer == cfg.n_layers else (layer, below(cfg.n_heads), receivers[below(len(receivers))])
-        paths.append(Path(sender, receiver, torch.randn(*prompts.tokens.shape, cfg.d_head, generator=g), some(), some()))
+        paths.append(PathEdit(sender, receiver, torch.randn(*prompts.tokens.shape, cfg.d_head, generator=g), some(), some()))
     return paths
 
 
@@ -105,10 +105,10 @@ def test_a_path_to_the_logits_costs_one_row_of_the_mlps_between(models):
         def counted(x, own=layer.mlp, i=i): return seen.append((i, x.shape[:-1].numel())) or own(x)
         layer.mlp = counted
     new = torch.randn(2, 8, 8)
-    path_logits(run, [Path((1, 0), "logits", new), Path((1, 1), (1, 2, "q"), new)])
+    path_logits(run, [PathEdit((1, 0), "logits", new), PathEdit((1, 1), (1, 2, "q"), new)])
     assert seen == [(1, 2), (2, 2)], "two prompts, their last position, from the sender on; a head of the same layer hears nothing"
     seen.clear()
-    path_logits(run, [Path((0, 0), "logits", new)], hold_mlps=True)
+    path_logits(run, [PathEdit((0, 0), "logits", new)], hold_mlps=True)
     assert not seen
 
 
