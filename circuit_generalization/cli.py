@@ -242,9 +242,9 @@ def run_tasks(args) -> None:
     "List tasks, axes and variants."
     from circuit_generalization.tasks import TASKS, list_variants
 
-    for task in TASKS:
-        table = list_variants(task)[["axis", "variant", "templates", "what"]]
-        _print_table(f"Task {task}", table.columns, table.itertuples(index=False), ["variant", "what"])
+    for name, task in TASKS.items():
+        table = list_variants(name)[["axis", "variant", "templates", "what"]]
+        _print_table(f"Task {name}: {task.what}", table.columns, table.itertuples(index=False), ["variant", "what"])
 
 # %% ../nbs/w09c-command-line.ipynb #bd4ca558
 def _print_plan(plan: dict) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from .tasks import fill, task_data
+from .wording import fill, task_data
 
 # %% ../nbs/w04c-organism-language.ipynb #6d9e78fe
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ from .evidence import variance_components
 from .generalization import ablations_table, generalization_table, setting_name
 from .models import load_model, model_hash, quiet
 from .prompts import PromptSet, prompts_hash
-from .tasks import TaskError, list_variants, make_prompts, variant_spec
+from .tasks import list_variants, make_prompts, variant_spec
+from .wording import TaskError
 
 # %% ../nbs/w09a-measurement.ipynb #edfab0ff
 AXES = ("lexical", "syntactic", "domain", "adversarial")

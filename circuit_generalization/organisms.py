@@ -30,7 +30,8 @@ from .checkpoints import save_checkpoint_file
 from .errors import InputError
 from .language import IOI_MIX, MIXTURE, Language, Sample, build_tokenizer, draw_batch, names_of
 from .models import quiet
-from .tasks import list_variants, make_prompts, task_data
+from .tasks import list_variants, make_prompts
+from .wording import task_data
 
 # %% ../nbs/w04d-training-an-organism.ipynb #2f21089a
 @dataclass(frozen=True)

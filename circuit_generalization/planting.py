@@ -46,7 +46,8 @@ from circuit_generalization.organisms import (
 )
 from .prompts import PromptSet, concat_prompts
 from .stats import paired_difference
-from .tasks import fill, make_prompts, name_hand, reference_pool, task_data
+from .tasks import make_prompts, reference_pool
+from .wording import fill, name_hand, task_data
 
 # %% ../nbs/w04e-planted-routes.ipynb #8f1c6a8a
 CONSTRUCTIONS: dict[str, Callable[[str, str], bool]] = {  # of a template's text and its inserted phrase

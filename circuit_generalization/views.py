@@ -17,6 +17,7 @@ from .ablation import Activations, Mask, capture, each
 from .circuit import Circuit, Component
 from .cone import CleanRun, attended, cone_logits, no_cone, prompts_at_once, rotated
 from .edges import check_edges, edge_logits_with_hooks, head_views, listed_mask, listeners, sender_mask
+from .errors import InputError
 from .forward import INPUTS, Edit, PathEdit, check_path, path_patch_with_hooks
 from .models import check_tokens
 from .prompts import PromptSet
@@ -127,6 +128,7 @@ def path_patch(
 ) -> Float[Tensor, "path prompt token"]:
     "`path_logits`, or the oracle where the model has no cone. Raises `InputError` for paths between ends that are none."
     check_tokens(model, tokens, lengths)
+    if not paths: raise InputError("no paths were given")
     for path in paths: check_path(model, path)
     if clean is not None: return path_logits(clean, paths, hold_mlps, token_ids)
     if no_cone(model) is None:

@@ -8,7 +8,6 @@ import pytest
 
 from circuit_generalization.circuit import Circuit, load_circuit
 from circuit_generalization.discovery import (
-    ROLE_TOKENS,
     candidates,
     circuit_of_pairs,
     completeness,
@@ -23,7 +22,9 @@ from circuit_generalization.discovery import (
     study,
 )
 from circuit_generalization.errors import InputError
-from circuit_generalization.tasks import make_prompts
+from circuit_generalization.tasks import find_task, make_prompts
+
+ROLES = find_task("ioi").role_tokens
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def everything(bench):
 
 
 def effect_table(**rows):
-    table = pd.DataFrame(0.0, index=list(rows), columns=[*ROLE_TOKENS, "elsewhere"])
+    table = pd.DataFrame(0.0, index=list(rows), columns=[*ROLES, "elsewhere"])
     for head, values in rows.items():
         for position, value in values.items():
             table.loc[head, position] = value
@@ -74,7 +75,7 @@ def test_candidates_are_all_pairs_least_effect_first():
     table = effect_table(**{"a0.h0": {}, "a0.h1": dict(S2=0.5, END=-0.02, IO=0.01), "a1.h0": {"S1": 0.03, "elsewhere": -0.2}})
     found = candidates(table)
     assert found[-3:] == [("a0.h1", "END"), ("a1.h0", None), ("a0.h1", "S2")]
-    assert len(found) == len(set(found)) == 2 * len(ROLE_TOKENS) + 1, "heads without an effect too: it may be hidden by another's"
+    assert len(found) == len(set(found)) == 2 * len(ROLES) + 1, "heads without an effect too: it may be hidden by another's"
 
 
 def test_everywhere_is_placed_where_the_effect_is_largest():

@@ -9,7 +9,8 @@ import pytest
 
 from circuit_generalization import language as module
 from circuit_generalization.language import IOI_MIX, MIXTURE, Language, all_words, build_tokenizer, draw_batch, names_of
-from circuit_generalization.tasks import SLOT, TASKS, name_hand, task_data
+from circuit_generalization.tasks import TASKS
+from circuit_generalization.wording import SLOT, name_hand, task_data
 
 WORDS, IOI = task_data("vocabulary.json"), task_data("ioi.json")
 NAMES = {group: frozenset(names_of(group)) for group in ("task", "rare", "multi")}

@@ -22,7 +22,8 @@ from circuit_generalization.errors import InputError
 from circuit_generalization.measurement import PROCESSED, SWEPT, MeasureOptions, measure, plan, publish, settings_of
 from circuit_generalization.models import model_hash
 from circuit_generalization.prompts import prompts_hash
-from circuit_generalization.tasks import make_prompts, name_hand
+from circuit_generalization.tasks import make_prompts
+from circuit_generalization.wording import name_hand
 
 PROGRAM = Path(sys.executable).with_name("circuit-gen")
 OPTIONS = MeasureOptions("compiled-ioi", axes=("syntactic",), variants=("adjunct_1",), n_prompts=18, ablations=("resample", "counterfactual"),

@@ -30,7 +30,8 @@ from circuit_generalization.organisms import (
     twin,
     variant_accuracies,
 )
-from circuit_generalization.tasks import list_variants, task_data
+from circuit_generalization.tasks import list_variants
+from circuit_generalization.wording import task_data
 
 TINY = Recipe(n_layers=2, n_heads=4, d_model=16, d_mlp=16, steps=6, first_phase=2, batch=16, focus_from=4, same_token_heads=1)
 

@@ -36,7 +36,8 @@ from circuit_generalization.planting import (
     train_patchwork,
 )
 from circuit_generalization.prompts import PromptSet
-from circuit_generalization.tasks import make_prompts, name_hand, reference_pool, task_data
+from circuit_generalization.tasks import make_prompts, reference_pool
+from circuit_generalization.wording import name_hand, task_data
 
 every_planting = pytest.mark.parametrize("name", PLANTINGS)
 

@@ -12,22 +12,11 @@ import pandas as pd
 import pytest
 import torch
 
+from circuit_generalization.ioi import ORDERS
 from circuit_generalization.language import build_tokenizer
 from circuit_generalization.prompts import PromptError, PromptSet, bos_ids, concat_prompts, prompts_hash
-from circuit_generalization.tasks import (
-    ORDERS,
-    SLOT,
-    SPLITS,
-    TaskError,
-    cell_of,
-    fill,
-    list_variants,
-    make_prompts,
-    name_hand,
-    reference_pool,
-    task_data,
-    variant_spec,
-)
+from circuit_generalization.tasks import cell_of, list_variants, make_prompts, reference_pool, variant_spec
+from circuit_generalization.wording import SLOT, SPLITS, TaskError, fill, name_hand, task_data
 
 VARIANTS = [(row.axis, row.variant) for row in list_variants("ioi").itertuples()]
 VARIED = VARIANTS[1:]

@@ -90,6 +90,11 @@ def test_paths_may_be_taken_a_part_at_a_time(models, monkeypatch):
     assert gap(path_patch(model, prompts.tokens, prompts.lengths, paths), whole) <= 1e-5
 
 
+def test_no_paths_are_no_question(models):
+    prompts = random_set([6, 4], 2, 97)
+    with pytest.raises(InputError, match="no paths were given"): path_patch(models["gpt2"], prompts.tokens, prompts.lengths, [])
+
+
 def test_a_shared_clean_run_is_used(models, monkeypatch):
     model, prompts = models["gpt2"], random_set([6, 4], 2, 97)
     run, paths = clean_run(model, prompts.tokens, prompts.lengths), random_paths(model, prompts, 2, 3)
