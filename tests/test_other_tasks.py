@@ -234,7 +234,7 @@ def test_packaged_circuits_are_of_these_weights_and_hold_on_new_prompts(name, ta
     prompts = make_prompts(task, n=72, tokenizer=model.tokenizer)
     table = CircuitScorer(model, circuit).score(prompts, n_random=0, profile=False)
     decided = table[~table.verdict.isin(["model_fails", "undecided"])]  # a late year has few right answers, and little to decide by
-    assert (table.ld_model > 0).mean() > 0.95 and decided.active.mean() > 0.9 and len(decided) > 0.6 * len(table)
+    assert (table.ld_model > 0).mean() > 0.95 and decided.active.mean() > 0.85 and len(decided) > 0.6 * len(table)
     whole, alone, without = (table[c].mean() - table.ld_ablated.mean() for c in ("ld_model", "ld_circuit", "ld_complement"))
     assert 0.9 < alone / whole < 1.1 and without / whole < 0.1
 

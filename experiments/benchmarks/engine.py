@@ -183,7 +183,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["gpt2-shaped", "organism-a"], help="'gpt2-shaped' (random weights), or an embedded model")
     parser.add_argument("--repeats", type=int, default=5, help="of which the median is taken (%(default)s)")
-    parser.add_argument("--timed", type=int, default=12, help="edits on which a peer is timed (%(default)s)")
+    parser.add_argument("--timed", type=int, default=6, help="edits on which a peer is timed (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "results" / "benchmarks", help="folder of engine.csv")
     options = parser.parse_args()
