@@ -387,9 +387,11 @@ def study(
     model, ablated = bench.model_ld.mean(), bench.ablated_ld.mean()
     found = dict(scale_logits=bench.scale, sufficiency=float(sufficiency(alone, model, ablated)), necessity=float(necessity(lacking, model, ablated)),
                  effects={pair_name(pair): float(effects.loc[pair]) for pair in named}, candidates=len(pairs), tolerance=tolerance)
+    complete, minimal = completeness(bench, circuit), minimality(bench, circuit)
+    found |= dict(incompleteness=complete.groupby("kind").incompleteness.max().to_dict(), minimality=minimal.to_dict())
     rounded = json.loads(json.dumps(found), parse_float=lambda x: round(float(x), 4))
     circuit = replace(circuit, provenance={**circuit.provenance, **rounded})
-    return Discovery(circuit, effects, pruning, reads, paths, completeness(bench, circuit), minimality(bench, circuit))
+    return Discovery(circuit, effects, pruning, reads, paths, complete, minimal)
 
 # %% ../nbs/w07d-discovery.ipynb #a2e0e9a1
 def discover(

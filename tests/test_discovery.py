@@ -162,3 +162,5 @@ def test_the_circuit_that_was_compiled_is_found(compiled):
     assert {n.name: n.role for n in found.nodes} == {n.name: wanted[roles[n.name]] for n in found.nodes}
     assert {"duplicate token", "S-inhibition", "name mover"} <= set(found.roles)
     assert abs(found.provenance["sufficiency"] - 1) < 0.15 and found.provenance["necessity"] > 0.9
+    assert {"nothing", "random", "greedy", *found.roles} == set(found.provenance["incompleteness"])
+    assert set(found.provenance["minimality"]) == set(found.components) and min(found.provenance["minimality"].values()) > 0

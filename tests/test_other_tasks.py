@@ -231,6 +231,7 @@ def test_packaged_circuits_are_of_these_weights_and_hold_on_new_prompts(name, ta
     assert circuit.task == task and circuit.model == name and 6 <= len(circuit) <= 13
     assert circuit.provenance["model_hash"] == model_hash(model) and f"--task {task}" in circuit.provenance["command"]
     assert min(circuit.provenance["sufficiency"], circuit.provenance["necessity"]) > 0.9
+    assert circuit.provenance["incompleteness"]["nothing"] < 0.1 and set(circuit.provenance["minimality"]) == set(circuit.components)
     prompts = make_prompts(task, n=72, tokenizer=model.tokenizer)
     table = CircuitScorer(model, circuit).score(prompts, n_random=0, profile=False)
     decided = table[~table.verdict.isin(["model_fails", "undecided"])]  # a late year has few right answers, and little to decide by
