@@ -15,7 +15,8 @@ def noun_pairs(
     split: str,  # 'scored', 'reference', 'discovery' or 'calibration'
 ) -> tuple[tuple[str, str], ...]:
     "Singular and plural, of one token each. Raises `TaskError` where this tokenizer has fewer than two."
-    pairs = hand_of(map(tuple, task_data("sva.json")["nouns"][group]), split)
+    nouns = task_data("sva.json")["nouns"]
+    pairs = hand_of(map(tuple, nouns[group]), split, map(tuple, nouns["base"]))
     ids = after_space(tokenizer, tuple(w for pair in pairs for w in pair))
     found = tuple(p for p in pairs if all(len(ids[w]) == 1 for w in p))
     if len(found) < 2: raise TaskError(f"this tokenizer has only {len(found)} {group.replace('_', ' ')} nouns, of one token in both numbers, "

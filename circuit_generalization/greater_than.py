@@ -24,6 +24,7 @@ def years(tokenizer) -> dict[int, tuple[int, ...]]:  # century → last two digi
     return found
 
 
+@lru_cache(maxsize=8)
 def digits(tokenizer) -> tuple[int, ...]:
     "Two-digit numbers that are one token each."
     ids = tokenizer([f"{y:02d}" for y in range(100)], add_special_tokens=False)["input_ids"]
@@ -41,7 +42,7 @@ class GreaterThan(Task):
 
     def _events(self, tokenizer, group: str, split: str) -> tuple[str, ...]:
         "Of one token. Raises `TaskError` where there are none."
-        ids = after_space(tokenizer, hand_of(self.data["events"][group], split))
+        ids = after_space(tokenizer, hand_of(self.data["events"][group], split, self.data["events"]["base"]))
         found = tuple(e for e, one in ids.items() if len(one) == 1)
         if not found: raise TaskError(f"this tokenizer has no one-token {group.replace('_', ' ')} events that {split} prompts may use")
         return found

@@ -8,7 +8,7 @@ __all__ = ['Repetition']
 # %% ../nbs/w04b5-repetition.ipynb #ca36e001
 from .wording import Task, after_space, hand_of, name_hand, rng_of, sample_of, task_data
 
-# %% ../nbs/w04b5-repetition.ipynb #f674faf2
+# %% ../nbs/w04b5-repetition.ipynb #64c4fecd
 class Repetition(Task):
     "Induction: repeated random words."
 
@@ -21,8 +21,9 @@ class Repetition(Task):
     def _hand(self, tokenizer, group: str, split: str) -> tuple[str, ...]:
         "One-token words of a group: 'base', a domain, or the names 'task' and 'rare'."
         if group in ("task", "rare"): return name_hand(tokenizer, group, split)
-        words = task_data("language.json")["frozen"]["words"] if group == "base" else self.data["words"][group]
-        return tuple(w for w, ids in after_space(tokenizer, hand_of(dict.fromkeys(words), split)).items() if len(ids) == 1)
+        every = dict.fromkeys(task_data("language.json")["frozen"]["words"])
+        words = every if group == "base" else self.data["words"][group]
+        return tuple(w for w, ids in after_space(tokenizer, hand_of(words, split, every)).items() if len(ids) == 1)
 
     def _draw(self, tokenizer, rng, group: str, split: str, shape: list[int]) -> list[str]:
         "As many different words as a shape needs, where nothing may be repeated."

@@ -30,16 +30,18 @@ def task_data(name: str) -> dict | list:
     file = resources.files("circuit_generalization") / "data" / name
     return pd.read_csv(str(file)).to_dict("records") if name.endswith(".csv") else json.loads(file.read_text(encoding="utf-8"))
 
-# %% ../nbs/w04b-wording.ipynb #7efdcda1
+# %% ../nbs/w04b-wording.ipynb #c9d3ee78
 SPLITS = {"scored": (0, 1), "reference": (2, 3), "discovery": (4,), "calibration": (5,)}
 
 
 def hand_of(
     items: Iterable,  # a list that is dealt out
     split: str,  # 'scored', 'reference', 'discovery' or 'calibration'
+    whole: Iterable = (),  # a larger list: what stands in it is dealt by its place there, so that it has one hand in both
 ) -> tuple:
     "What a split may use: the list is dealt out six ways, two hands for scored, two for reference prompts."
-    return tuple(x for i, x in enumerate(items) if i % 6 in SPLITS[split])
+    place = {x: i for i, x in enumerate(whole)}
+    return tuple(x for i, x in enumerate(items) if place.get(x, i) % 6 in SPLITS[split])
 
 
 @lru_cache(maxsize=256)

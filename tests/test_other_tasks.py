@@ -62,7 +62,8 @@ def test_variants_are_matched_pairs_of_the_base(task, axis, variant, made):
     base, new = made[task, "base"].labels, made[task, variant].labels
     assert (new.base_id == base.prompt_id).all() and (new.base_template == base.template).all() and set(new.axis) == {axis}
     changed = (new.prompt != base.prompt).mean()
-    assert changed == 0 if variant == "base" else 0.4 < changed < 0.6 if variant in ("attraction", "agreement") else changed > 0.9
+    # half of the base's attractors are in the other number already, and one event in eight is drawn again
+    assert changed == 0 if variant == "base" else 0.4 < changed < 0.6 if variant in ("attraction", "agreement") else changed > 0.8
 
 
 # Agreement
@@ -172,8 +173,13 @@ def test_hands_are_disjoint(tokenizer):
             except TaskError as error: assert "two are needed" in str(error) and split in str(error)
         assert sum(map(len, hands)) == len(set().union(*hands))
     for task, column in (("greater_than", "event"), ("induction", "words"), ("sva", "nouns")):
-        used = {s: {w for text in make_prompts(task, n=72, tokenizer=tokenizer, split=s).labels[column] for w in text.split()} for s in SPLITS}
-        assert not any(used[a] & used[b] for a in used for b in used if a < b), task
+        def said(variant, split, task=task, column=column):
+            axis = dict((v, a) for t, a, v in EVERY if t == task)[variant]
+            return {w for text in make_prompts(task, axis, variant, 72, tokenizer=tokenizer, split=split).labels[column] for w in text.split()}
+        base = {split: said("base", split) for split in SPLITS}
+        assert not any(base[a] & base[b] for a in base for b in base if a < b), task
+        for variant in [v for t, a, v in EVERY if t == task and a == "domain"]:
+            assert not said(variant, "scored") & set().union(*(base[s] for s in SPLITS if s != "scored")), "a word has one hand, in every variant"
 
 
 @pytest.mark.parametrize("task, axis, variant", EVERY)
@@ -184,7 +190,6 @@ def test_pools_fit_and_tell_nothing(task, axis, variant, bos, tokenizer):
     cells = dict.fromkeys(cell_of(prompts))
     assert set(cell_of(pool)) == set(cells) and len(pool) == 32 * len(cells) and set(pool.labels.task) == {task}
     assert all(len(m) >= 31 for m in pool_members(prompts, pool))
-    first = words_of(pool, tokenizer, 0)[bos:]
     if task == "greater_than":
         assert all(words_of(pool, tokenizer, i)[pool.positions["YY"][i]] == "01" for i in range(len(pool)))
     if task == "induction":
@@ -192,7 +197,6 @@ def test_pools_fit_and_tell_nothing(task, axis, variant, bos, tokenizer):
     if task == "sva":
         singular = pool.labels.answer.str.contains(" is").to_numpy()
         assert abs(singular.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(pool)) and len(set(pool.labels.prompt)) > len(cells)
-    assert len(first) == int(prompts.lengths[0]) - bos or len(cells) > 1
 
 
 # Refusals
