@@ -21,6 +21,7 @@ from .circuit import Circuit, check_fits
 from .cone import CleanRun, no_cone, prompts_at_once
 from .errors import InputError
 from .models import check_tokens
+from .passes import count
 from .prompts import PromptSet
 from .tasks import cell_of
 
@@ -54,6 +55,7 @@ def _captured(
     whats: tuple[str, ...],  # of 'z', 'mlp'
 ) -> list[Float[Tensor, "prompt pos layer *component"]]:
     "The same by hooks: the oracle."
+    count(whole=len(tokens))
     layers, kept = range(model.cfg.n_layers), {}
     names = {what: [f"blocks.{i}.{dict(z='attn.hook_z', mlp='hook_mlp_out')[what]}" for i in layers] for what in whats}
     def keeper(name): return name, lambda value, hook: kept.update({name: value.detach()})

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .models import check_tokens, final_logits
+from .passes import count
 
 # %% ../nbs/w05d-causal-cone.ipynb #e65a3dca
 _GELU = {"NewGELUActivation": "tanh", "FastGELUActivation": "tanh", "GELUTanh": "tanh", "PytorchGELUTanh": "tanh", "GELUActivation": "none"}
@@ -214,9 +215,10 @@ class CleanRun:
         stream: Float[Tensor, "*row d_model"],  # before the layer
         z: Float[Tensor, "*row head d_head"],  # what its heads say
         think: Callable[[Tensor], Tensor] | None = None,  # what the MLP writes when it reads a stream; None: what it does
+        added: Float[Tensor, "*row d_model"] | None = None,  # to what the heads write
     ) -> tuple[Float[Tensor, "*row d_model"], Float[Tensor, "*row d_model"]]:  # the stream after the layer; what the MLP wrote
         "No attention is needed for this: every position alone."
-        said = layer.o(z.flatten(-2))
+        said = layer.o(z.flatten(-2)) if added is None else layer.o(z.flatten(-2)) + added
         parallel = self.model.cfg.parallel_attn_mlp
         middle = stream if parallel else stream + said
         written = (think or layer.think)(middle)
@@ -224,6 +226,7 @@ class CleanRun:
 
     def _run(self, replacement=None, mlps: bool = False) -> _Kept:
         "A pass over whole prompts: clean, or with every head (and every MLP) replaced."
+        count(whole=len(self.stream))
         kept, stream = _Kept(), self.stream
         turns = None if self.cos is None else (self.cos, self.sin)
         for index, layer in enumerate(self.layers):
@@ -258,6 +261,17 @@ class CleanRun:
         wanted = token_ids.to(self.device)
         return F.linear(x, head.weight[wanted], None if head.bias is None else head.bias[wanted])
 
+    def moved(
+        self,
+        source: int,  # layer of the heads
+        at: int,  # layer whose stream they read
+    ) -> Float[Tensor, "prompt pos head d_model"]:  # as they were given: right-padded, zero where there is padding
+        "What each head of one layer would write if it stood in another: its own norm and matrices, without the layer's bias."
+        with torch.no_grad():
+            q, k, v = self._qkv(self.layers[source], self.kept.stream[at], None if self.cos is None else (self.cos, self.sin))
+            z = attended(q, k, v, self.hidden)
+            return self.as_given(torch.einsum("pchs,hsd->pchd", z, self.layers[source].writes(self.shape[-1])))
+
     def said(
         self,
         what: str,  # 'z': outputs of the heads; 'mlp': of the MLPs
@@ -286,13 +300,20 @@ class _Edits:
     mlps: Bool[Tensor, "edit prompt pos layer"]
     replacements: Sequence  # `Activations`, each once
     which: Int[Tensor, " edit"]  # index into them
+    added: Float[Tensor, "addition prompt pos d_model"] | None  # None: no edit adds anything
+    adding: Bool[Tensor, "edit layer"]  # where an edit adds
+    addition: Int[Tensor, " edit"]  # what
 
     @classmethod
     def of(cls, edits: Sequence, width: int, device) -> "_Edits":
         each = {id(e.replacement): e.replacement for e in edits}
         which = torch.tensor([list(each).index(id(e.replacement)) for e in edits], device=device)
         def stack(masks): return torch.stack([m[:, :width] for m in masks]).to(device)
-        return cls(stack([e.mask.heads for e in edits]), stack([e.mask.mlps for e in edits]), list(each.values()), which)
+        heads, additions = stack([e.mask.heads for e in edits]), [(i, e.added) for i, e in enumerate(edits) if getattr(e, "added", None) is not None]
+        adding, addition = torch.zeros(len(edits), heads.shape[3], dtype=torch.bool, device=device), torch.zeros_like(which)
+        for number, (i, one) in enumerate(additions): adding[i, one.layer], addition[i] = True, number
+        added = stack([one.values for _, one in additions]) if additions else None
+        return cls(heads, stack([e.mask.mlps for e in edits]), list(each.values()), which, added, adding, addition)
 
 
 @dataclass(frozen=True)
@@ -322,6 +343,14 @@ class _Rows:
             target = torch.where(mask, new, target) if len(own) == len(here) else target.index_copy(0, own, torch.where(mask[own], new, target[own]))
         if len(here) == len(value): return target
         return torch.cat([value[:low], target, value[high:]]) if high - low == len(here) else value.index_copy(0, here, target)
+
+    def added(self, layer: int, value: Tensor) -> Tensor | None:
+        "What is added to what the rows' heads write in this layer, a stream. None: nothing."
+        here = self.edits.adding[self.edit[: len(value)], layer].nonzero()[:, 0]
+        if not len(here): return None
+        edit, prompt, pos = self.edit[here], self.prompt[here], self.pos[here, -value.shape[1]:]
+        new = self.edits.added[self.edits.addition[edit][:, None], prompt[:, None], pos].to(value)
+        return torch.zeros_like(value).index_copy(0, here, new)
 
 # %% ../nbs/w05d-causal-cone.ipynb #6fefa8ca
 def _taken(
@@ -372,7 +401,9 @@ def _of_rows(
             new = rows.prompt[before:now], columns[before:now, shown], end if last else window
             heads.append(_taken(base.z[index], *new)), streams.append(_taken(base.stream[index], *new))
         z = rows.replaced("z", index, torch.cat(heads))
-        stream, _ = run.write(layer, torch.cat(streams), z, lambda x: rows.replaced("mlp", index, layer.think(x)))  # noqa: B023
+        stream = torch.cat(streams)
+        think = lambda x: rows.replaced("mlp", index, layer.think(x))  # noqa: B023, E731
+        stream, _ = run.write(layer, stream, z, think, rows.added(index, stream))
         before = now
     return stream[:, -1]
 
@@ -416,6 +447,9 @@ class _Reach:
         "`whole`: everything is replaced by this replacement, MLPs or not; None: nothing is."
         heads, mlps = edits.heads[chosen], edits.mlps[chosen]
         differs = (heads.all(-1).logical_not() if whole else heads.any(-1)) | (mlps ^ bool(whole and whole[1]))
+        if edits.added is not None:
+            adds = edits.added.any(-1)[edits.addition[chosen]]
+            differs = differs | adds[..., None] & edits.adding[chosen][:, None, None]
         differs &= (torch.arange(run.width, device=run.device) < (run.width - run.shift)[:, None])[..., None]
         at = differs.any(-1)
         columns = at[:, torch.arange(at.shape[1], device=run.device)[:, None], run.pos.clamp(min=0)] & (run.pos >= 0)
@@ -456,6 +490,7 @@ def cone_logits(
 ) -> Float[Tensor, "edit prompt token"]:
     "Logits at the last real position under each edit: only what the edit can change is computed."
     most = max(1, _STACKED // max(1, run.stream.shape[0] * run.width * run.shape[0] * run.shape[1]))
+    count(edited=len(edits) * len(run.stream))
     with torch.no_grad(): return torch.cat([_logits(run, edits[i:i + most], token_ids) for i in range(0, len(edits), most)])
 
 # %% ../nbs/w05d-causal-cone.ipynb #c18409ca

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from circuit_generalization import cone, forward
 from circuit_generalization.ablation import Activations, Mask, _captured, capture
 from circuit_generalization.cone import CleanRun, cone_flops, cone_logits, no_cone
-from circuit_generalization.forward import Edit, clean_run, engine_of, run_edits, run_with_hooks
+from circuit_generalization.forward import Addition, Edit, clean_run, engine_of, run_edits, run_with_hooks
 from circuit_generalization.models import as_bridge, final_logits, load_model
+from circuit_generalization.passes import counted_passes
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def draw(seed, model, lengths, shares, spots=None):
     for i, share in enumerate(shares):
         heads, mlps = torch.rand(*shape, cfg.n_heads, generator=g) < share, torch.rand(*shape, generator=g) < share
         if spots is not None: heads[:, [p for p in range(width) if p not in spots]] = False
-        edits.append(Edit(Mask(heads, mlps & (i % 2 == 1) & (spots is None)), new[i % 3 == 0]))
+        added = Addition(i % cfg.n_layers, torch.randn(*shape[:2], cfg.d_model, generator=g) * (torch.rand(*shape[:2], 1, generator=g) < share))
+        edits.append(Edit(Mask(heads, mlps & (i % 2 == 1) & (spots is None)), new[i % 3 == 0], added if i % 4 > 1 and spots is None else None))
     return tokens, torch.tensor(lengths), edits
 
 
@@ -61,6 +63,57 @@ def test_the_cone_says_what_hooks_say_of_shipped_models(name):
 @pytest.mark.parametrize("spots", [[0], [3], [8], [5, 8]])
 def test_edits_at_single_positions(models, spots):
     for model in models.values(): assert worst(model, *draw(1, model, [9, 9, 9], [0.1, 0.5, 1], spots)) <= 1e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_what_is_added_to_the_heads_is_added_once_and_where_it_is_said(models, name, share):
+    model, (tokens, lengths, edits) = models[name], draw(7, models[name], [6, 4], [share])
+    values = torch.zeros(*tokens.shape, model.cfg.d_model)
+    values[0, 3, 0], values[1, 5, 0] = 3.0, 3.0  # the second is padding
+    own, = run_edits(model, tokens, lengths, edits)
+    for layer in range(model.cfg.n_layers):
+        edit = Edit(edits[0].mask, edits[0].replacement, Addition(layer, values))
+        fast, slow = run_edits(model, tokens, lengths, [edit])[0], run_with_hooks(model, tokens, lengths, [edit])[0]
+        assert torch.allclose(fast, slow, atol=1e-4) and torch.allclose(slow[1], own[1], atol=1e-4)
+        reaches = layer < model.cfg.n_layers - 1  # position 3 is not the last: in the last layer nobody reads it any more
+        if not share: assert torch.allclose(slow[0], own[0], atol=1e-4) != reaches  # with most heads replaced, perhaps nobody reads it
+    last = torch.zeros_like(values)
+    last[:, 3, 0] = 3.0  # the second prompt's last token
+    edit = Edit(edits[0].mask, edits[0].replacement, Addition(model.cfg.n_layers - 1, last))
+    assert torch.allclose(run_edits(model, tokens, lengths, [edit]), run_with_hooks(model, tokens, lengths, [edit]), atol=1e-4)
+    assert not torch.allclose(run_edits(model, tokens, lengths, [edit])[0, 1], own[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_heads_that_are_not_moved_write_what_they_write(models, name):
+    model, (tokens, lengths, _) = models[name], draw(9, models[name], [6, 4], [])
+    run, wrote = clean_run(model, tokens, lengths), {}
+    hooks = [(f"blocks.{i}.hook_attn_out", lambda value, hook, i=i: wrote.update({i: value})) for i in range(model.cfg.n_layers)]
+    with torch.no_grad(): model.run_with_hooks(tokens, fwd_hooks=hooks)
+    for layer in range(model.cfg.n_layers):
+        each, core = run.moved(layer, layer), cone._core(model.blocks[layer].attn.o)
+        whole = each.sum(2) + (0 if core.bias is None else core.bias)
+        assert each.shape == (*tokens.shape, model.cfg.n_heads, model.cfg.d_model) and not each[1, 4:].any()
+        for i, n in enumerate(lengths): assert torch.allclose(whole[i, :n], wrote[layer][i, :n], atol=1e-4)
+    if model.cfg.n_layers > 1: assert not torch.allclose(run.moved(1, 0), run.moved(1, 1), atol=1e-3)
+
+
+def test_passes_are_counted(models):
+    model, (tokens, lengths, edits) = models["llama"], draw(8, models["llama"], [6, 4, 6], [0.2, 0.9, 0.1, 0.3])
+    with counted_passes() as outer:
+        with counted_passes() as inner: capture(model, tokens[:2])
+        run = clean_run(model, tokens, lengths)
+        assert outer.whole == inner.whole == 2 and outer.edited == 0
+        run_edits(model, tokens, lengths, edits, clean=run)
+        assert (outer.whole, outer.edited) == (2 + 3 + 3, 4 * 3)  # the clean run, and one with everything replaced, for the second edit
+        run_edits(model, tokens, lengths, edits[:1], clean=run)
+        assert (outer.whole, outer.edited, inner.edited) == (8, 5 * 3, 0)
+        run_with_hooks(model, tokens, lengths, edits[:2])
+        _captured(model, tokens, ("z",))
+    assert (outer.whole, outer.edited) == (8 + 3, 7 * 3)
+    run_edits(model, tokens, lengths, edits)
+    assert outer.edited == 7 * 3
 
 
 def test_edits_beyond_a_prompts_end_change_nothing(models):
