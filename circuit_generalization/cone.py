@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .models import check_tokens, final_logits
-from .passes import count
+from .passes import count, uncounted
 
 # %% ../nbs/w05d-causal-cone.ipynb #e65a3dca
 _GELU = {"NewGELUActivation": "tanh", "FastGELUActivation": "tanh", "GELUTanh": "tanh", "PytorchGELUTanh": "tanh", "GELUActivation": "none"}
@@ -536,7 +536,8 @@ def _tried(model) -> str | None:
     def random(*size): return torch.rand(*size, generator=draw)
     new = [(random(*shape, *size) - 0.5).to(like) for size in ((cfg.n_heads, cfg.d_head), (cfg.d_model,))]
     trial = _Trial(random(*shape, cfg.n_heads) < 0.2, random(*shape) < 0.2, *new)
-    try: fast = cone_logits(CleanRun(model, tokens, lengths), [trial])[0]
+    try:
+        with uncounted(): fast = cone_logits(CleanRun(model, tokens, lengths), [trial])[0]
     except (RuntimeError, AttributeError, TypeError, ValueError, LookupError) as error:
         return f"its parts do not fit ({type(error).__name__})"
     def swap(mask, put): return lambda value, hook: torch.where(mask[..., None].to(value.device), put, value)

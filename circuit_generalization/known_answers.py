@@ -18,17 +18,19 @@ import torch
 from jaxtyping import Bool, Float
 
 from .ablation import Ablation
+from .bench import Bench
 from .circuit import Circuit, save_circuit
 from .circuit_scorer import CircuitScorer, four_runs, null_scores
 from .controls import overlap, random_circuit
-from .discovery import Bench, Discovery, claim_of, study
+from .discovery import Discovery, claim_of, study
+from .discrimination import auroc, auroc_difference
 from .errors import InputError
 from .forward import clean_run
 from .metrics import THRESHOLDS, Thresholds, verdicts
 from .models import as_bridge, model_name
 from .planting import Planting, planted_prompts, planting_of
 from .prompts import PromptSet
-from .stats import auroc, auroc_difference, difference_p_value, paired_difference, permutation_rank_p, share_interval
+from .stats import difference_p_value, paired_difference, permutation_rank_p, share_interval
 from .tasks import reference_pool
 
 # %% ../nbs/w10b-known-answers.ipynb #4933d094
@@ -44,7 +46,7 @@ def route_study(
     bridge = as_bridge(model)
     prompts = planted_prompts(planting, n_prompts, seed, bridge.tokenizer, split="discovery")
     prompts = prompts[np.flatnonzero(prompts.labels.planted.to_numpy() == planted).tolist()]
-    bench = Bench(bridge, prompts, reference_pool(prompts, bridge.tokenizer, seed=seed), n_draws=2, seed=seed)
+    bench = Bench(bridge, prompts, reference_pool(prompts, bridge.tokenizer, seed=seed), seed=seed)
     claim, route = claim_of(bridge, "ioi", len(prompts), seed), "planted" if planted else "unplanted"
     claim["provenance"] |= dict(prompts=f"{route} prompts of the patchwork",
                                 command=f"save_route({model_name(bridge)!r}, 'FILE') of circuit_generalization.known_answers")

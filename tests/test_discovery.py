@@ -66,8 +66,8 @@ def test_a_model_that_fails_the_task_is_refused(compiled, monkeypatch):
         prompts = make_prompts(*arguments, **options)
         return replace(prompts, answers=prompts.distractors, distractors=prompts.answers)
 
-    monkeypatch.setattr("circuit_generalization.discovery.make_prompts", exchanged)
-    with pytest.raises(InputError, match="only 0% of the base ioi prompts right"):
+    monkeypatch.setattr("circuit_generalization.bench.make_prompts", exchanged)
+    with pytest.raises(InputError, match="on base prompts of ioi: only 0% are right"):
         discovery_bench(compiled, n_prompts=4)
 
 

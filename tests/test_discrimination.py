@@ -12,9 +12,7 @@ from scipy import optimize
 from scipy import stats as distributions
 from sklearn.metrics import roc_auc_score
 
-from circuit_generalization.errors import InputError
-from circuit_generalization.stats import (
-    MIN_CLUSTERS,
+from circuit_generalization.discrimination import (
     _design_effect,
     _newcombe_low,
     _newcombe_variance,
@@ -22,10 +20,9 @@ from circuit_generalization.stats import (
     _pseudo_values,
     auroc,
     auroc_difference,
-    clustered_mean,
-    coverage_simulation,
-    cr2_interval,
 )
+from circuit_generalization.errors import InputError
+from circuit_generalization.stats import MIN_CLUSTERS, clustered_mean, coverage_simulation, cr2_interval
 
 values = st.integers(-3, 3).map(float)  # few values, so that there are ties
 

@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 from circuit_generalization import known_answers
 from circuit_generalization.circuit import Circuit, load_circuit
 from circuit_generalization.circuit_scorer import Baseline, CircuitScorer
+from circuit_generalization.discrimination import auroc, auroc_difference
 from circuit_generalization.errors import InputError
 from circuit_generalization.known_answers import (
     blind_scores,
@@ -30,7 +31,7 @@ from circuit_generalization.metrics import THRESHOLDS, Thresholds, verdicts
 from circuit_generalization.models import load_model, random_gpt2
 from circuit_generalization.planting import double_dissociation, planted_prompts, planting_of
 from circuit_generalization.prompts import PromptSet
-from circuit_generalization.stats import auroc, auroc_difference, share_interval
+from circuit_generalization.stats import share_interval
 from circuit_generalization.tasks import make_prompts, reference_pool
 
 
