@@ -72,7 +72,8 @@ class Bench:
     def lacking(self, circuit: Circuit) -> Float[np.ndarray, " prompt"]: return self.ld(self.universe & self.mask(circuit))
 
     @cached_property
-    def model_ld(self) -> Float[np.ndarray, " prompt"]: return self.ld(self.universe & ~self.universe)
+    def model_ld(self) -> Float[np.ndarray, " prompt"]:
+        return ld_under(self.model, self.prompts, [Edit(self.universe & ~self.universe, self.donors[0])], self.run)[0]
 
     @cached_property
     def ablated_ld(self) -> Float[np.ndarray, " prompt"]: return self.ld(self.universe)

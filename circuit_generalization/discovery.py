@@ -22,7 +22,7 @@ from torch import Tensor
 from .ablation import Ablation
 from .attention import attention_to
 from .bench import Bench, task_bench
-from .circuit import Circuit, Component, role_components, without
+from .circuit import UNNAMED, Circuit, Component, role_components, without
 from .errors import InputError
 from .forward import PathEdit
 from .metrics import bounded_score, incompleteness, logit_difference, necessity, sufficiency, wanted_tokens
@@ -201,7 +201,7 @@ def role_of(
 ) -> tuple[str, str | None]:  # role, and the token it reads
     "The role of one (head, position), by the table above."
     others = reads.dropna()
-    if others.empty or others.max() < LEAST_ATTENTION: return "unnamed", None
+    if others.empty or others.max() < LEAST_ATTENTION: return UNNAMED, None
     token = str(others.idxmax())
     if position == "END" and others.filter(["IO", "IO+1"]).max() > NEARLY * others.max():  # it moves every name
         token = str(others.filter(["IO", "IO+1"]).idxmax())
@@ -209,7 +209,7 @@ def role_of(
     if position == "S2" and token in ("S1", "S1+1"): return ("duplicate token" if token == "S1" else "induction"), token
     if position == f"{token}+1": return "previous token", token
     if position == "END-2" and token.startswith("S"): return "S relay", token
-    if position != "END" or token == "END": return "unnamed", token
+    if position != "END" or token == "END": return UNNAMED, token
     if token == "END-2": return "relay reader", token
     if token.startswith("IO"): return ("name mover" if effect > 0 else "negative name mover"), token
     return ("S-inhibition" if indirect > direct else "S suppressor"), token
@@ -223,10 +223,10 @@ def role_by_table(
 ) -> tuple[str, str | None]:  # role, 'negative' where the effect is; and the token it reads
     "The role of one (head, position) in a task that has a table of roles."
     others = reads.dropna()
-    if others.empty or others.max() < LEAST_ATTENTION: return "unnamed", None
+    if others.empty or others.max() < LEAST_ATTENTION: return UNNAMED, None
     token = str(others.idxmax())
     name = names.get((position, token))
-    return (f"{'negative ' if effect < 0 else ''}{name}" if name else "unnamed"), token
+    return (f"{'negative ' if effect < 0 else ''}{name}" if name else UNNAMED), token
 
 
 def name_roles(

@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 
 from .ablation import Ablation, circuit_mask
-from .circuit import Circuit, load_circuit, packaged_circuits, write_text_atomically
+from .circuit import Circuit, circuit_of, load_circuit, write_text_atomically
 from .circuit_scorer import LEVELS, POSITIONS, Baseline, CircuitScorer
 from .edges import edge_passes
 from .errors import InputError
@@ -87,14 +87,9 @@ def chosen_variants(
     return [("base", "base"), *pairs]
 
 
-def _circuit_of(options: MeasureOptions):
+def _circuit_of(options: MeasureOptions) -> Circuit:
     "The circuit named, or the packaged one of model and task."
-    if options.circuit is not None: return load_circuit(options.circuit)
-    name = f"{Path(options.model).name}-{options.task}"
-    if name not in packaged_circuits():
-        raise InputError(f"no circuit comes with model {options.model!r} and task {options.task!r}: give one with --circuit FILE "
-                         f"(there is {', '.join(packaged_circuits())})")
-    return load_circuit(name)
+    return load_circuit(options.circuit) if options.circuit is not None else circuit_of(options.model, options.task)
 
 # %% ../nbs/w09a-measurement.ipynb #283440c4
 @dataclass(frozen=True)

@@ -127,7 +127,8 @@ def check_right(
 ):
     "Raise `ModelFails` where fewer prompts are right."
     right = float(accuracy_of(ld))
-    if not right >= least: raise ModelFails(f"{what}: only {right:.0%} are right, and at least {least:.0%} must be for there to be something to explain")
+    if right >= least: return
+    raise ModelFails(f"{what}: only {right:.0%} are right, and at least {least:.0%} must be for there to be something to explain")
 
 # %% ../nbs/w06-metrics.ipynb #068eb06a
 def kl_divergence(
