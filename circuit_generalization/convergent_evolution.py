@@ -31,8 +31,8 @@ GN4 = Metric(
     does_not="that what is shared computes the same thing; within one model it is homology, not convergence",
     columns={
         "model_a": "a model", "task_a": "a task", "model_b": "a model", "task_b": "a task",
-        "kind": "homology (one model) or convergence (two models)", "common": "heads in both; empty between models, where numbers of heads mean nothing",
-        "head_jaccard": "common heads over all heads",
+        "kind": "homology (one model) or convergence (two models)",
+        "common": "heads in both; empty between models, where numbers of heads mean nothing", "head_jaccard": "common heads over all heads",
         "layer_jaccard": "layers used by both over layers used by either",
         "density_cosine": "cosine of the numbers of heads a layer",
         "size_ratio": "smaller over larger", "role_jaccard": "roles in both, counted, over roles in either; unnamed ones left out"})

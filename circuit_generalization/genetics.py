@@ -49,7 +49,8 @@ class Estimate:
 
     def __str__(self):
         ends = f" [{self.low:.2f}, {self.high:.2f}]" if isfinite(self.low + self.high) else ""
-        p = f", p = {self.p_value:.3g}" if isfinite(self.p_value) else ""
+        adjusted = isfinite(self.p_adjusted)
+        p = f", {'adjusted ' * adjusted}p = {self.p_adjusted if adjusted else self.p_value:.2g}" if isfinite(self.p_value) else ""
         return f"{self.value:.2f}{ends}{p}" if isfinite(self.value) else f"– ({self.how})"
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICT_STYLE', 'AXIS_STYLE', 'OTHER_AXIS', 'VERDICT_MARKER', 'png_bytes', 'plot_active_share', 'plot_verdicts',
-           'plot_model_vs_circuit', 'plot_engagement', 'plot_ablations', 'what_was_scored', 'save_figures']
+           'plot_model_vs_circuit', 'plot_engagement', 'plot_ablations', 'write_png', 'what_was_scored', 'save_figures']
 
 # %% ../nbs/w09b-figures.ipynb #5311902d
 import io
@@ -253,7 +253,7 @@ def plot_ablations(
                      "PuOr", -100, 100, lambda i, j, value: f"{value:+.0f}" + ("*" if low[i, j] > 0 or high[i, j] < 0 else ""))
 
 # %% ../nbs/w09b-figures.ipynb #436649e7
-def _write_png(figure: Figure, path: Path) -> Path:
+def write_png(figure: Figure, path: Path) -> Path:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_bytes(png_bytes(figure))
@@ -283,4 +283,4 @@ def save_figures(
                "model_vs_circuit": plot_model_vs_circuit(scores, line), "engagement": plot_engagement(scores, line),
                "ablations": None if sweep_table is None else plot_ablations(sweep_table, line.rpartition(" · ")[0])}
     folder.mkdir(parents=True, exist_ok=True)
-    return [_write_png(figure, folder / f"{name}.png") for name, figure in figures.items() if figure is not None]
+    return [write_png(figure, folder / f"{name}.png") for name, figure in figures.items() if figure is not None]

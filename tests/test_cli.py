@@ -18,6 +18,7 @@ from circuit_generalization import __version__, cli
 from circuit_generalization.circuit import load_circuit, packaged_circuits
 from circuit_generalization.circuit_scorer import COLUMNS
 from circuit_generalization.cli import main, one_line
+from circuit_generalization.terminal import progress_lines
 from circuit_generalization.models import embedded_models, load_model
 from circuit_generalization.tasks import list_variants
 
@@ -211,7 +212,7 @@ def test_score_writes_a_row_a_prompt(tmp_path, capsys):
 @pytest.fixture
 def all_progress(monkeypatch):
     """Progress lines without a pause between them."""
-    monkeypatch.setattr(cli, "progress_bar", lambda: cli.progress_lines(sys.stderr, every=0))
+    monkeypatch.setattr(cli, "progress_bar", lambda: progress_lines(sys.stderr, every=0))
 
 
 def test_score_shows_progress(tmp_path, capfd, all_progress):
@@ -397,7 +398,7 @@ def test_discover_refuses_a_model_that_cannot_do_the_task(refused, tmp_path):
     folder = Path(shutil.copytree(embedded_models()["compiled-ioi"], tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
     save_file({k: v * (0.0 if "c_proj.weight" in k else 1.0) for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    assert "of the base ioi prompts right" in refused("discover", "--model", folder, "--n-prompts", "18")
+    assert "on base prompts of ioi: only 56% are right" in refused("discover", "--model", folder, "--n-prompts", "18")
 
 
 def test_an_organism_replaces_no_other_folder(refused, tmp_path):
