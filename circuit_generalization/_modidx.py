@@ -185,6 +185,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'circuit_generalization/bench.py'),
                                               'circuit_generalization.bench.Bench.templates': ( 'w08b-bench.html#bench.templates',
                                                                                                 'circuit_generalization/bench.py'),
+                                              'circuit_generalization.bench.Bench.with_model': ( 'w08b-bench.html#bench.with_model',
+                                                                                                 'circuit_generalization/bench.py'),
                                               'circuit_generalization.bench.task_bench': ( 'w08b-bench.html#task_bench',
                                                                                            'circuit_generalization/bench.py')},
             'circuit_generalization.checkpoints': { 'circuit_generalization.checkpoints._unpack': ( 'w04f-checkpoints.html#_unpack',

@@ -37,7 +37,8 @@ class Bench:
         universe: str = "heads",
         seed: int = 0,
     ):
-        self.model, self.prompts, self.universe_name, self.ablation = model, prompts, universe, ablation
+        self.model, self.prompts, self.reference, self.ablation, self.seed = model, prompts, reference, ablation, seed
+        self.universe_name = universe
         self.shape = model.cfg.n_layers, model.cfg.n_heads
         source, every = Replacements(model, prompts, ablation, reference, universe, seed), torch.arange(len(prompts))
         self.donors = [source.draw(d, every) for d in range(ablation.n_draws)]
@@ -53,6 +54,10 @@ class Bench:
         return np.concatenate(found) if found else np.zeros((0, len(self.prompts)))
 
     def ld(self, mask: Mask) -> Float[np.ndarray, " prompt"]: return self.lds([mask])[0]
+
+    def with_model(self, model) -> "Bench":
+        "The same for another model that reads the same tokens, such as another point of its training."
+        return Bench(model, self.prompts, self.reference, self.ablation, self.universe_name, self.seed)
 
     @property
     def task(self) -> Task: return find_task(self.prompts.labels.task.iloc[0])

@@ -7,19 +7,18 @@ __all__ = ['GN5', 'SHAPES', 'LEAST_FALL', 'nodes_above', 'formation_lds', 'sigmo
            'half_way_interval', 'tracking_of', 'training_of', 'over_training', 'judge_tracking',
            'phylogenetic_tracking']
 
-# %% ../nbs/w11e-phylogenetic-tracking.ipynb #fa4ae5a4
+# %% ../nbs/w11e-phylogenetic-tracking.ipynb #15ab5452
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isfinite, nan
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import least_squares
 from sklearn.isotonic import isotonic_regression
 
 from .checkpoints import checkpoints_of, finished_step
 from .circuit import Circuit, Node
-from .genetics import Estimate, Finding, GeneticsResult, Metric, Options, Subject, estimate_of, make_subject, run_metric
+from .genetics import Estimate, Finding, GeneticsResult, Metric, Options, Subject, estimate_of, run_metric
 from .metrics import THRESHOLDS, necessity, sufficiency
 from .models import embedded_models, load_model, model_hash, model_name
 from .stats import MIN_CLUSTERS, benjamini_hochberg, cr2_interval, difference_p_value, ratio_interval
@@ -72,7 +71,7 @@ def sigmoid_fit(
     k, m = np.unravel_index(errors.argmin(), errors.shape)
     return 1 - float(errors[k, m]) / spread, float(middle[m]), float(_SLOPES[k])
 
-# %% ../nbs/w11e-phylogenetic-tracking.ipynb #f82e9f84
+# %% ../nbs/w11e-phylogenetic-tracking.ipynb #85efe6c3
 def _flat(x, y): return np.full(len(x), y.mean())
 
 
@@ -82,13 +81,15 @@ def _step(x, y):
 
 
 def _logistic(x, y):
-    "From a number of starting points; the ends are free."
-    width = x[-1] - x[0]
-    u = (x - x[0]) / width
-    def curve(p): return p[0] + (p[1] - p[0]) / (1 + np.exp(-np.clip(p[2] * (u - p[3]), -50, 50)))
-    starts = [(y[0], y[-1], slope, middle) for slope in (4.0, 20.0) for middle in (0.2, 0.4, 0.6, 0.8)]
-    bounds = ([-np.inf, -np.inf, 0, -0.5], [np.inf, np.inf, 100, 1.5])
-    return curve(min((least_squares(lambda p: curve(p) - y, start, bounds=bounds) for start in starts), key=lambda fit: fit.cost).x)
+    "On a grid of midpoints and slopes; the two ends that fit best follow by linear regression."
+    u = (x - x[0]) / (x[-1] - x[0])
+    curves = 1 / (1 + np.exp(-np.clip(np.geomspace(1, 100, 41)[:, None, None] * (u - np.linspace(-0.25, 1.25, 121)[:, None]), -50, 50)))
+    curves = curves.reshape(-1, len(x))
+    curves = curves[curves.std(1) > 1e-6]
+    apart, off = curves - curves.mean(1, keepdims=True), y - y.mean()
+    gain = (apart @ off) / (apart**2).sum(1)
+    best = int(((off - gain[:, None] * apart) ** 2).sum(1).argmin())
+    return y.mean() + gain[best] * apart[best]
 
 
 def _monotone(x, y): return isotonic_regression(y)
@@ -197,7 +198,7 @@ def tracking_of(
     per_prompt = subject.per_prompt(**{f"layer {r['layer']}": v.tolist() for r, v in zip(rows, lds)})
     return Finding((subject.task,), r2, r2 > GN5.threshold, "", estimates, metadata, rows, per_prompt), passes
 
-# %% ../nbs/w11e-phylogenetic-tracking.ipynb #3a298543
+# %% ../nbs/w11e-phylogenetic-tracking.ipynb #82b7530c
 def training_of(
     subject: Subject,
 ) -> list[int]:  # steps; empty for a model whose training is not kept
@@ -216,8 +217,7 @@ def over_training(
     name, every, points, passes = model_name(subject.model), [], [], 0
     for step in [*steps, None]:
         device = next(subject.model.parameters()).device
-        at = subject
-        if step is not None: at = make_subject(load_model(f"{name}@{step}", device), subject.task, subject.circuit, options, least_right=0.0)
+        at = subject if step is None else replace(subject, bench=subject.bench.with_model(load_model(f"{name}@{step}", device)))
         (lds,), n_sets = formation_lds(at, [subject.circuit])
         alone, none, ld = at.bench.alone(subject.circuit).mean(), at.bench.ablated_ld.mean(), cr2_interval(at.ld, subject.bench.templates)
         judged = ld.estimate - none >= THRESHOLDS.min_effect_logits

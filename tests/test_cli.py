@@ -18,9 +18,9 @@ from circuit_generalization import __version__, cli
 from circuit_generalization.circuit import load_circuit, packaged_circuits
 from circuit_generalization.circuit_scorer import COLUMNS
 from circuit_generalization.cli import main, one_line
-from circuit_generalization.terminal import progress_lines
 from circuit_generalization.models import embedded_models, load_model
 from circuit_generalization.tasks import list_variants
+from circuit_generalization.terminal import progress_lines
 
 PROGRAM = Path(sys.executable).with_name("circuit-gen")
 QUICK = ["--draws", "2", "--n-random", "1"]
