@@ -189,6 +189,7 @@ class Subject:
     task: str
     circuit: Circuit  # with the positions that are used
     bench: Bench
+    given: Circuit | None = None  # as it was given, for the record; None: the same
 
     @property
     def model(self): return self.bench.model
@@ -222,10 +223,11 @@ def make_subject(
 ) -> Subject:
     "A subject. Raises `InputError`, `ModelFails`."
     if not len(circuit): raise InputError(f"circuit {circuit.name!r} has no components: there is nothing to measure")
-    if options.positions == "all": circuit = replace(circuit, nodes=tuple(replace(n, positions=None) for n in circuit.nodes))
+    used = circuit
+    if options.positions == "all": used = replace(circuit, nodes=tuple(replace(n, positions=None) for n in circuit.nodes))
     made = task_bench(model, task, options.n_prompts, options.seed, options.how, universe=circuit.universe, **bench)
-    made.mask(circuit)  # heads or positions that model or prompts lack are refused here
-    return Subject(task, circuit, made)
+    made.mask(used)  # heads or positions that model or prompts lack are refused here
+    return Subject(task, used, made, circuit)
 
 
 def circuits_for(
@@ -281,7 +283,8 @@ def what_was_used(
 ) -> dict:
     "Hashes and options, for the record."
     models = {model_name(s.model): model_hash(s.model)[:12] for s in subjects}
-    return dict(models=models, circuits={f"{model_name(s.model)} {s.task}": dict(name=s.circuit.name, hash=s.circuit.hash) for s in subjects},
+    circuits = {f"{model_name(s.model)} {s.task}": s.given or s.circuit for s in subjects}
+    return dict(models=models, circuits={key: dict(name=c.name, hash=c.hash) for key, c in circuits.items()},
                 prompts={f"{model_name(s.model)} {s.task}": prompts_hash(s.bench.prompts)[:12] for s in subjects},
                 engine=sorted({engine_of(s.model) for s in subjects}), **asdict(replace(options, n_draws=options.how.n_draws)))
 
