@@ -45,6 +45,7 @@ from circuit_generalization.metrics import (
     kl_divergence,
     logit_difference,
     necessity,
+    probability_difference,
     sign_agrees,
     sufficiency,
     verdicts,
@@ -263,6 +264,7 @@ class Runs:
     complement: Float[np.ndarray, "draw prompt"]
     restored: Float[np.ndarray, "draw prompt"]  # the circuit alone, unlisted tokens restored; NaN where not asked
     kl: Float[np.ndarray, " prompt"]  # KL(M || C) over the vocabulary, nats, mean of the draws
+    probabilities: Float[np.ndarray, "2 prompt"]  # P(answers) - P(distractors) of the model, and of the circuit alone, mean of the draws
 
 
 def _edge_ld(model, prompts: PromptSet, circuit: Circuit, clean: Activations, new: Activations, keep="circuit") -> Float[np.ndarray, " prompt"]:
@@ -299,7 +301,7 @@ def four_runs(
     run: CleanRun | None = None,  # of the prompts; None: made where the model has a cone
 ) -> Runs:
     "Nothing ablated, everything, all but the circuit, only the circuit. Raises `InputError` for logits that are not finite."
-    model, claim, every, ld, kl = scorer.model, claim or Claim(scorer.circuit), torch.arange(len(prompts)), [], []
+    model, claim, every, ld, kl, alone_probability = scorer.model, claim or Claim(scorer.circuit), torch.arange(len(prompts)), [], [], []
     run = run or clean_run(model, prompts.tokens, prompts.lengths)
     own = run_edits(model, prompts.tokens, prompts.lengths, [nothing(prompts, *scorer.shape)], clean=run)[0]
     for d in range(source.ablation.n_draws):
@@ -308,9 +310,15 @@ def four_runs(
         found, alone = _edge_runs(model, prompts, claim, clean, new) if edges else _node_runs(model, prompts, claim, new, run)
         ld.append(found)
         kl.append(kl_divergence(own, alone).cpu().numpy())
+        alone_probability.append(_probabilities(alone, prompts))
     ld_model = _logit_differences(own[None], prompts)[0]
     ablated, circuit, complement, *restored = np.stack(ld, axis=1)
-    return Runs(ld_model, ablated, circuit, complement, *(restored or [np.full_like(circuit, np.nan)]), np.mean(kl, axis=0))
+    probabilities = np.stack([_probabilities(own, prompts), np.mean(alone_probability, axis=0)])
+    return Runs(ld_model, ablated, circuit, complement, *(restored or [np.full_like(circuit, np.nan)]), np.mean(kl, axis=0), probabilities)
+
+
+def _probabilities(logits: Float[Tensor, "prompt vocab"], prompts: PromptSet) -> Float[np.ndarray, " prompt"]:
+    return probability_difference(logits.double(), prompts.answers, prompts.distractors).cpu().numpy()
 
 # %% ../nbs/w08-circuit-scorer.ipynb #6f1f644a
 def null_scores(
@@ -415,7 +423,11 @@ def _score_batch(
         p_value=_p_values(scorer, prompts, first, nulls, runs, run) if nulls else empty,
         profile_similarity=_correlations(head_profile(scorer, prompts, first, runs.model, run), base.profile) if profile else empty,
         **_ratios(runs, source.ablation.kind in STOCHASTIC)))
+    if _shows_probability(prompts): table = table.assign(**dict(zip(("prob_diff_model", "prob_diff_circuit"), runs.probabilities)))
     return table.join(roles.add_prefix("engagement_")).join(reads.add_prefix("reads_"))
+
+
+def _shows_probability(prompts: PromptSet) -> bool: return all(t in TASKS and TASKS[t].shows_probability for t in prompts.labels.task.unique())
 
 # %% ../nbs/w08-circuit-scorer.ipynb #e0537d58
 def _batches(prompts: PromptSet, size: int) -> list[list[int]]:

@@ -56,6 +56,9 @@ def print_generalization(
     verdicts = [c for c in table if c.startswith("share_")]
     print_table("Verdicts, % of all prompts", ["variant", *(v.removeprefix("share_").replace("_", "\n") for v in verdicts)],
                  _by_axis(table, lambda r: ["." if getattr(r, v) == 0 else _percent(getattr(r, v)) for v in verdicts]))
+    if "prob_diff_model" in table:
+        print_table("Mean P(answers) - P(distractors), the usual metric of this task", ["variant", "model", "circuit alone"],
+                    _by_axis(table, lambda r: [f"{r.prob_diff_model:.3f}", f"{r.prob_diff_circuit:.3f}"]))
     _print_disagreements(table)
     print(_footnote(n_random))
 

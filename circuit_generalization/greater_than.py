@@ -35,7 +35,7 @@ class GreaterThan(Task):
     "Later years."
 
     name, file, what = "greater_than", "greater_than.json", "a later year of the century (Hanna et al., 2023)"
-    kept = ("event", "century", "year", "insert")
+    kept, shows_probability = ("event", "century", "year", "insert"), True
     role_tokens = reading_order = ("EVENT", "XX1", "YY", "YY+1", "END")
     role_names = {("END", "YY"): "year reader", ("END", "YY+1"): "relay reader", ("YY+1", "YY"): "previous token",  # noqa: RUF012
                   ("END", "XX1"): "century reader"}

@@ -91,8 +91,9 @@ def check_model(
     "Raise `InputError` for what looks like an embedded model's name with a slip in it."
     from circuit_generalization.models import embedded_models
 
-    known = embedded_models()
-    close = [] if name in known or os.sep in name or Path(name).is_dir() else difflib.get_close_matches(name, known, 1, 0.75)
+    known, base = embedded_models(), name.partition("@")[0]  # a point of a training, such as organism-b@1700, is looked for later
+    if base in known or os.sep in name or Path(name).is_dir(): return
+    close = difflib.get_close_matches(base.lower(), known, 1, 0.75)
     if close: raise InputError(f"--model {name}: no such model; did you mean {close[0]}? (see circuit-gen models)")
 
 # %% ../nbs/w09b2-terminal.ipynb #972f3b00

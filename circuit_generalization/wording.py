@@ -117,6 +117,7 @@ class Task:
     file: str  # of its templates and variants, in the package's data
     what: str  # one line for a list of tasks
     kept: tuple[str, ...] = ()  # choices that become labels, as text; `like` reads them
+    shows_probability: bool = False  # its usual metric is P(answers) - P(distractors), which is shown beside LD
     role_tokens: tuple[str, ...] = ()  # role positions where a discovery looks for effects, and which heads may read
     reading_order: tuple[str, ...] = ()  # the same from left to right
     role_names: dict[tuple[str, str], str] = {}  # noqa: RUF012  (where a head acts, what it reads) → its role; empty: the task has a rule of its own
