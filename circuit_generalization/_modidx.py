@@ -1076,6 +1076,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'circuit_generalization/genetics.py'),
                                                  'circuit_generalization.genetics.make_subjects': ( 'w11-genetics.html#make_subjects',
                                                                                                     'circuit_generalization/genetics.py'),
+                                                 'circuit_generalization.genetics.mlps_of': ( 'w11-genetics.html#mlps_of',
+                                                                                              'circuit_generalization/genetics.py'),
                                                  'circuit_generalization.genetics.passes_of': ( 'w11-genetics.html#passes_of',
                                                                                                 'circuit_generalization/genetics.py'),
                                                  'circuit_generalization.genetics.run_metric': ( 'w11-genetics.html#run_metric',

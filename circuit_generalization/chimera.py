@@ -31,7 +31,7 @@ from .stats import Interval, benjamini_hochberg, cr2_interval, difference_p_valu
 
 # %% ../nbs/w11c-chimera.ipynb #3a3e7d02
 GN3 = Metric(
-    code="GN3", name="chimera", threshold=0.3,
+    code="GN3", name="chimera", heads_only=True, threshold=0.3,
     value="mean share of LD that is left when two heads of the circuit swap their outputs, over all pairs",
     establishes="that where the circuit's heads look is exchangeable: one head's pattern serves another's values better than patterns "
                 "of random heads do",

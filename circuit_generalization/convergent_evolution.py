@@ -19,13 +19,13 @@ from scipy.stats import hypergeom
 
 from .circuit import UNNAMED, Circuit, check_fits
 from .errors import InputError
-from .genetics import Estimate, Finding, GeneticsResult, Metric, Options, circuits_for, concluded, estimate_of
+from .genetics import Estimate, Finding, GeneticsResult, Metric, Options, circuits_for, concluded, estimate_of, mlps_of
 from .models import as_bridge, model_hash, model_name
 from .stats import Interval
 
 # %% ../nbs/w11d-convergent-evolution.ipynb #75ea933f
 GN4 = Metric(
-    code="GN4", name="convergent-evolution", threshold=0.5,
+    code="GN4", name="convergent-evolution", heads_only=True, threshold=0.5,
     value="mean of head Jaccard, layer Jaccard, cosine of heads a layer, and size ratio of two circuits",
     establishes="that two circuits share more heads (one model) or layers than circuits of these sizes would by chance",
     does_not="that what is shared computes the same thing; within one model it is homology, not convergence",
@@ -182,10 +182,10 @@ def convergent_evolution(
     if len(tasks) < 2 and len(bridges) < 2:
         raise InputError("convergent-evolution compares circuits: give at least two tasks, such as --tasks ioi sva, or two models")
     if circuits and len(bridges) > 1: raise InputError("--circuits goes with one model: with several, their packaged circuits are compared")
-    owners, ready = [], {c.task: c for c in circuits if isinstance(c, Circuit)}
+    owners = []
     for bridge in bridges:
         name, shape = model_name(bridge), (bridge.cfg.n_layers, bridge.cfg.n_heads)
-        chosen = ready | circuits_for(name, [t for t in tasks if t not in ready], [c for c in circuits if not isinstance(c, Circuit)])
+        chosen = circuits_for(name, tasks, circuits)
         for task in tasks:
             check_fits(chosen[task], *shape)
             owners.append(Owner(name, task, chosen[task], *shape))
@@ -198,4 +198,4 @@ def convergent_evolution(
                 circuits={f"{o.model} {o.task}": dict(name=o.circuit.name, hash=o.circuit.hash) for o in owners}, seed=options.seed,
                 n_random=max(options.n_random, _LEAST_DRAWS) if options.n_random else 0)
     names, no_passes = tuple(model_name(b) for b in bridges), dict(stated=0, edited=0, whole=0)
-    return GeneticsResult(GN4, names, concluded(findings, judge_convergence), {}, no_passes, used)
+    return GeneticsResult(GN4, names, concluded(findings, judge_convergence), {}, no_passes, used, mlps_of(o.circuit for o in owners))

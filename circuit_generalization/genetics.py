@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'FINDING_FIELDS', 'ESTIMATE_FIELDS', 'Measure', 'Estimate', 'estimate_of', 'Metric', 'Finding',
            'GeneticsResult', 'Options', 'Subject', 'make_subject', 'circuits_for', 'make_subjects', 'adjusted',
-           'what_was_used', 'passes_of', 'concluded', 'run_metric']
+           'what_was_used', 'passes_of', 'concluded', 'mlps_of', 'run_metric']
 
 # %% ../nbs/w11-genetics.ipynb #31c4ef8d
 import json
@@ -78,6 +78,7 @@ class Metric:
     establishes: str  # what a high value, with its null beaten, says
     does_not: str  # what it cannot say
     columns: Mapping[str, str]  # of the rows: what each means
+    heads_only: bool = False  # MLPs of a circuit are left out, and the result says so
 
 
 @dataclass(frozen=True)
@@ -233,15 +234,15 @@ def make_subject(
 def circuits_for(
     model: str,  # name
     tasks: Sequence[str],
-    files: Sequence[str] = (),  # circuits to use in place of the packaged ones; each says its task
+    circuits: Sequence[str | Circuit] = (),  # in place of the packaged ones: names, files or circuits; each says its task
 ) -> dict[str, Circuit]:
     "A circuit for each task. Raises `InputError` for one that is missing, or whose task is not asked for."
     if not tasks: raise InputError("no tasks: give at least one")
     if len(set(tasks)) < len(tasks): raise InputError(f"tasks listed twice: {' '.join(tasks)}")
     for task in tasks: find_task(task)
     given: dict[str, Circuit] = {}
-    for name in files:
-        circuit = load_circuit(name)
+    for one in circuits:
+        circuit, name = (one, one.name) if isinstance(one, Circuit) else (load_circuit(one), one)
         if circuit.task not in tasks: raise InputError(f"{name} is a circuit of task {circuit.task!r}, which is not among {', '.join(tasks)}")
         if circuit.task in given: raise InputError(f"{name} is a second circuit of task {circuit.task!r}: give one a task")
         given[circuit.task] = circuit
@@ -256,9 +257,7 @@ def make_subjects(
 ) -> tuple[list[Subject], dict[str, str]]:  # subjects; the tasks that the model fails, with the reason
     "Subjects of several tasks. Raises `InputError` for bad input."
     bridge = as_bridge(model, device=options.device)
-    files, refused, subjects = [c for c in circuits if not isinstance(c, Circuit)], {}, []
-    ready = {c.task: c for c in circuits if isinstance(c, Circuit)}
-    chosen = ready | (circuits_for(model_name(bridge), [t for t in tasks if t not in ready], files) if set(tasks) - set(ready) else {})
+    chosen, refused, subjects = circuits_for(model_name(bridge), tasks, circuits), {}, []
     for task in tasks:
         try: subjects.append(make_subject(bridge, task, chosen[task], options))
         except ModelFails as e: refused[task] = str(e)
@@ -304,6 +303,14 @@ def concluded(
     return tuple(replace(f, verdict=judge(f)) for f in done)
 
 
+def mlps_of(
+    circuits: Iterable[Circuit],
+) -> str:  # empty: none has an MLP
+    "What a metric of heads leaves out."
+    names = sorted({n.name for c in circuits for n in c.nodes if n.component.head is None})
+    return f"MLPs: {', '.join(names)}" if names else ""
+
+
 Measure = Callable[..., tuple[Finding, int]]  # (subject, …, options) → a finding without verdict, and the passes that it states
 
 
@@ -329,5 +336,6 @@ def run_metric(
             finding, passes = measure(*group, options)
             findings.append(finding)
             stated += passes
-    names = tuple(dict.fromkeys(model_name(s.model) for s in subjects)) or (str(model),)
-    return GeneticsResult(metric, names, concluded(findings, judge), refused, passes_of(stated, counted), what_was_used(subjects, options))
+    names, mlps = tuple(dict.fromkeys(model_name(s.model) for s in subjects)) or (str(model),), mlps_of(s.circuit for s in subjects)
+    used, left_out = what_was_used(subjects, options), mlps if metric.heads_only else ""
+    return GeneticsResult(metric, names, concluded(findings, judge), refused, passes_of(stated, counted), used, left_out)

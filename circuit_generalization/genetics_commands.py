@@ -69,6 +69,7 @@ def print_result(
     if rows: print_table(f"{data['metric']} {data['name']}, {', '.join(data['models'])}", columns, rows, ["estimate"])
     for f in data["findings"]: print(f"{_who(f, several)}: {f['verdict']}.")
     for task, why in data["refused"].items(): print(f"Refused: {task}, since {why}.")
+    if data["left_out"]: print(f"Left out: {data['left_out']}.")
     passes = data["passes"]
     notes = [f"The lens's value: {data['what']}. Verdicts rest on the estimates alone. p-values are adjusted over the findings.",
              f"A high estimate that beats its null establishes {data['establishes']}. It does not establish {data['does_not']}.",

@@ -28,7 +28,7 @@ from .stats import Interval, benjamini_hochberg, difference_p_value, ratio_inter
 
 # %% ../nbs/w11a-knock-in.ipynb #3639d63b
 GN1 = Metric(
-    code="GN1", name="knock-in", threshold=0.3,
+    code="GN1", name="knock-in", heads_only=True, threshold=0.3,
     value="mean cosine of concatenated weights over shared heads (with themselves) and all pairs of the two circuits' heads",
     establishes="that heads of one role do the same work in two tasks: one in the other's place gives back what was lost, more than random heads do",
     does_not="that the tasks share a mechanism: a head that looks one token back rescues any other that does",

@@ -80,3 +80,33 @@ def test_the_promises_that_are_kept_say_so():
     summary = pd.read_csv(FOLDER.parent / "results" / KNOWN / "summary.csv").set_index("what")
     for what in ("AUROC of the score, each test patchwork", "verdicts of compiled circuits"): assert summary.holds[what]
     assert summary.holds[summary.index.str.startswith("false alarms")].all()
+
+
+# e06: the genetics lens
+
+GENETICS = "e06-genetics"
+
+
+@pytest.mark.slow
+def test_the_genetics_lens_runs(tmp_path):
+    import papermill
+
+    raw, results = tmp_path / "raw", tmp_path / "results"
+    given = dict(models=["organism-c", "compiled-ioi"], n_random=1, sweep=False, rediscover=False, raw=str(raw), results=str(results))
+    papermill.execute_notebook(FOLDER / f"{GENETICS}.ipynb", tmp_path / "out.ipynb", given, cwd=FOLDER, progress_bar=False)
+    assert {p.name for p in raw.iterdir()} == {"manifest.json", *(f"GN{k}.csv" for k in range(1, 6))}
+    tables = {"findings.csv", "estimates.csv", "over_training.csv", "lens_and_verdicts.csv", "epistasis_by_role.csv"}
+    assert {p.name for p in results.iterdir()} == tables | {"figures"} and len(list((results / "figures").iterdir())) == 5
+    assert pd.read_csv(results / "findings.csv").groupby("metric").size().to_dict() == {"GN1": 6, "GN2": 5, "GN3": 5, "GN4": 6, "GN5": 5}
+
+
+def test_the_genetics_lens_that_is_published_is_of_the_whole_run():
+    results, options = FOLDER.parent / "results" / GENETICS, yaml.safe_load((FOLDER / f"{GENETICS}.yaml").read_text(encoding="utf-8"))
+    manifest, findings = json.loads((FOLDER / GENETICS / "manifest.json").read_text()), pd.read_csv(results / "findings.csv")
+    assert manifest["options"] == options
+    of_each = findings[findings.metric == "GN2"].groupby(["model", "setting"]).tasks.apply(list)
+    for model in options["models"]:
+        for setting in options["settings"]: assert of_each[model, setting] == (["ioi"] if model == "compiled-ioi" else options["tasks"])
+    assert all(m["passes"]["stated"] == m["passes"]["edited"] for m in manifest["measured"].values())
+    pairs = findings[(findings.metric == "GN1") & (findings.setting == next(iter(options["settings"])))].groupby("model").size()
+    assert (pairs == 6).all() and len(pairs) == len(options["models"]) - 1

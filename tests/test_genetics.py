@@ -608,3 +608,15 @@ def test_without_knowledge_hardly_anything_is_decided():
 def test_pairs_are_all_there():
     circuit = load_circuit("organism-b-ioi")
     assert len(pairs_of(circuit)) == len(list(combinations(circuit.components, 2))) == 28
+
+
+def test_what_a_metric_of_heads_leaves_out_is_said():
+    mixed = Circuit.from_components(["a0.h2", "a1.h3", "m1"], task="ioi", universe="heads+mlps", name="mixed")
+    heads = Circuit.from_components(["a0.h2", "a1.h3"], task="sva", name="heads")
+    few = replace(QUICK, n_random=1)
+    assert chimera("organism-a", ["ioi"], few, [mixed]).left_out == "MLPs: m1" == knock_in("organism-a", ["ioi", "sva"], few, [mixed, heads]).left_out
+    assert convergent_evolution("organism-a", ["ioi", "sva"], few, [mixed, heads]).left_out == "MLPs: m1"
+    whole = epistasis("organism-a", ["ioi"], few, [mixed])
+    assert whole.left_out == "" and {r["b"] for r in whole.findings[0].rows} == {"a1.h3", "m1"}
+    tracked = phylogenetic_tracking("organism-a", ["ioi"], few, [mixed]).findings[0].rows
+    assert [r["heads"] for r in tracked] == [[], ["a0.h2"], ["a1.h3", "m1"], [], []]

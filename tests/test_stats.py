@@ -17,6 +17,7 @@ from circuit_generalization.stats import (
     benjamini_hochberg,
     cluster_bootstrap_t,
     cluster_interval,
+    clustered_mean,
     coverage_simulation,
     cr2_interval,
     cr2_standard_error,
@@ -24,8 +25,11 @@ from circuit_generalization.stats import (
     draw_pairs,
     draw_share,
     intraclass_correlation,
+    mean_square,
     paired_difference,
     permutation_rank_p,
+    ratio_interval,
+    root_mean_square,
     satterthwaite_dof,
     share_interval,
 )
@@ -406,3 +410,60 @@ def test_p_values_reject_a_true_null_at_most_at_their_level(shares, n_clusters):
     rng = np.random.default_rng(6)
     p = np.array([difference_p_value(*draw_pairs(rng, shares, 0.3, n_clusters)) for _ in range(1500)])
     assert (p <= 0.05).mean() <= 0.065 and (p <= 0.01).mean() <= 0.02
+
+
+# ratios of means, and sizes of effects
+
+@given(st.lists(st.tuples(st.floats(-3, 3), st.floats(0.5, 4)), min_size=16, max_size=40), st.floats(-2, 2), st.floats(0.1, 10))
+def test_a_ratio_has_no_unit_and_moves_with_its_part(pairs, shift, unit):
+    part, whole = map(np.array, zip(*pairs))
+    clusters = np.arange(len(part)) % 8
+    found, scaled, moved = (ratio_interval(p, w, clusters) for p, w in ((part, whole), (unit * part, unit * whole), (part + shift * whole, whole)))
+    assert found.estimate == pytest.approx(part.mean() / whole.mean())
+    for other, expected in ((scaled, 0.0), (moved, shift)):
+        for end in ("estimate", "low", "high"):
+            a, b = getattr(found, end), getattr(other, end)
+            assert (np.isnan(a) and np.isnan(b)) or b == pytest.approx(a + expected, abs=1e-6, rel=1e-6)
+    if np.isfinite(found.low): assert found.low <= found.estimate <= found.high
+
+
+def test_the_ends_of_a_ratio_are_where_the_test_stops_rejecting():
+    rng = np.random.default_rng(2)
+    clusters = np.repeat(np.arange(10), 3)
+    whole = 2 + rng.normal(size=10)[clusters]
+    part = 0.5 * whole + rng.normal(size=30)
+    found = ratio_interval(part, whole, clusters)
+    t = clustered_mean(part - found.estimate * whole, clusters).t(0.95)
+    for end in (found.low, found.high):
+        left = clustered_mean(part - end * whole, clusters)
+        assert abs(left.mean) == pytest.approx(t * left.se, rel=1e-6)
+    inside = clustered_mean(part - (0.9 * found.high + 0.1 * found.estimate) * whole, clusters)
+    assert abs(inside.mean) < t * inside.se
+
+
+def test_a_ratio_says_why_it_has_no_ends():
+    clusters = np.repeat(np.arange(10), 3)
+    assert ratio_interval(np.ones(30), np.zeros(30), clusters).method == "the whole is zero"
+    noise = np.random.default_rng(0).normal(size=30)
+    assert ratio_interval(np.ones(30), noise, clusters).method == "the whole may be zero"
+    assert ratio_interval(np.ones(6), np.ones(6), np.arange(6) % 3).method == "too few templates"
+    with pytest.raises(InputError, match="two lists of one length"): ratio_interval([1.0], [1.0, 2.0], [0])
+
+
+@given(st.lists(st.floats(-2, 2), min_size=1, max_size=6), st.floats(0.1, 5))
+def test_the_size_of_effects_without_noise_is_their_root_mean_square(effects, unit):
+    values, clusters = np.outer(effects, np.ones(24)), np.arange(24) % 8
+    expected = np.sqrt(np.mean(np.square(effects)))
+    found, scaled = root_mean_square(values, clusters), root_mean_square(unit * values, clusters)
+    assert found.estimate == pytest.approx(expected, abs=1e-6) and scaled.estimate == pytest.approx(unit * expected, abs=1e-5)
+    assert found.low == pytest.approx(found.high, abs=1e-6) and mean_square(values, clusters) == pytest.approx(expected**2, abs=1e-9)
+
+
+def test_noise_has_no_size_on_average():
+    rng, clusters = np.random.default_rng(0), np.arange(40) % 10
+    squares = [mean_square(rng.normal(size=(12, 40)) + rng.normal(size=10)[clusters], clusters) for _ in range(300)]
+    assert abs(np.mean(squares)) < 3 * np.std(squares) / np.sqrt(300) and np.mean(np.array(squares) < 0) > 0.3
+    few = root_mean_square(rng.normal(size=(3, 12)), np.arange(12) % 4)
+    assert np.isnan(few.low) and few.method == "too few templates"
+    for f in (mean_square, root_mean_square):
+        with pytest.raises(InputError, match="no effects"): f(np.zeros((0, 8)), np.arange(8))
