@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GN4', 'Owner', 'density', 'overlap_of', 'lens_value', 'common_heads_chance', 'random_places', 'convergence_of',
-           'judge_convergence', 'convergent_evolution']
+           'judge_convergence', 'ancestor_of', 'convergent_evolution']
 
-# %% ../nbs/w11d-convergent-evolution.ipynb #89220577
+# %% ../nbs/w11d-convergent-evolution.ipynb #c20bf63f
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import nan
 
@@ -21,23 +21,24 @@ from .circuit import UNNAMED, Circuit, check_fits
 from .errors import InputError
 from .genetics import Estimate, Finding, GeneticsResult, Metric, Options, circuits_for, concluded, estimate_of, mlps_of
 from .models import as_bridge, model_hash, model_name
+from .planting import PLANTINGS
 from .stats import Interval
 
-# %% ../nbs/w11d-convergent-evolution.ipynb #75ea933f
+# %% ../nbs/w11d-convergent-evolution.ipynb #7a8b0a38
 GN4 = Metric(
     code="GN4", name="convergent-evolution", heads_only=True, threshold=0.5,
     value="mean of head Jaccard, layer Jaccard, cosine of heads a layer, and size ratio of two circuits",
-    establishes="that two circuits share more heads (one model) or layers than circuits of these sizes would by chance",
-    does_not="that what is shared computes the same thing; within one model it is homology, not convergence",
+    establishes="that two circuits share more heads (homology) or layers than circuits of these sizes would by chance",
+    does_not="that what is shared computes the same thing; nor that models of your own were trained apart, which you must know",
     columns={
         "model_a": "a model", "task_a": "a task", "model_b": "a model", "task_b": "a task",
-        "kind": "homology (one model) or convergence (two models)",
-        "common": "heads in both; empty between models, where numbers of heads mean nothing", "head_jaccard": "common heads over all heads",
+        "kind": "homology (one model, or one that continues another's training) or convergence (models trained apart)",
+        "common": "heads in both; empty for convergence, where numbers of heads mean nothing", "head_jaccard": "common heads over all heads",
         "layer_jaccard": "layers used by both over layers used by either",
         "density_cosine": "cosine of the numbers of heads a layer",
         "size_ratio": "smaller over larger", "role_jaccard": "roles in both, counted, over roles in either; unnamed ones left out"})
 
-# %% ../nbs/w11d-convergent-evolution.ipynb #41f6b5ab
+# %% ../nbs/w11d-convergent-evolution.ipynb #5032d5c4
 @dataclass(frozen=True)
 class Owner:
     "A circuit and the model that it is of."
@@ -46,6 +47,12 @@ class Owner:
     circuit: Circuit
     n_layers: int
     n_heads: int
+    ancestor: str = ""  # the model whose training it continued; empty: its own
+
+    @property
+    def line(self) -> str:
+        "Models of one line have one numbering of heads."
+        return self.ancestor or self.model
 
     @property
     def heads(self) -> set[tuple[int, int]]:
@@ -53,7 +60,7 @@ class Owner:
 
     def without(self, head: tuple[int, int]) -> "Owner":
         keep = tuple(n for n in self.circuit.nodes if (n.component.layer, n.component.head) != head)
-        return Owner(self.model, self.task, Circuit(keep, self.circuit.universe, self.circuit.name), self.n_layers, self.n_heads)
+        return replace(self, circuit=Circuit(keep, self.circuit.universe, self.circuit.name))
 
     def roles(self) -> Counter: return Counter(n.role for n in self.circuit.nodes if n.role not in (None, UNNAMED))
 
@@ -85,7 +92,7 @@ def overlap_of(
     rho, sigma = (density(o.heads, o.n_layers, bins) for o in (a, b))
     roles, others = a.roles(), b.roles()
     both, either = (roles & others).total(), (roles | others).total()
-    return dict(head_jaccard=_jaccard(a.heads, b.heads) if a.model == b.model else nan,
+    return dict(head_jaccard=_jaccard(a.heads, b.heads) if a.line == b.line else nan,
                 layer_jaccard=_jaccard(set(np.nonzero(rho)[0]), set(np.nonzero(sigma)[0])),
                 density_cosine=float(rho @ sigma / np.sqrt((rho @ rho) * (sigma @ sigma))),
                 size_ratio=min(len(a.heads), len(b.heads)) / max(len(a.heads), len(b.heads)), role_jaccard=both / either if either else nan)
@@ -98,7 +105,7 @@ def lens_value(numbers: dict[str, float]) -> float:
     "The mean of the four; between models of the three that mean something."
     return float(np.nanmean([numbers[k] for k in _PARTS]))
 
-# %% ../nbs/w11d-convergent-evolution.ipynb #9f1c785f
+# %% ../nbs/w11d-convergent-evolution.ipynb #25472c7f
 def common_heads_chance(
     a: Owner,
     b: Owner,
@@ -112,7 +119,7 @@ def common_heads_chance(
 
 
 def _heads_estimate(a: Owner, b: Owner, value: float) -> Estimate:
-    if a.model != b.model: return Estimate(nan, how="heads of two models have no common numbering")
+    if a.line != b.line: return Estimate(nan, how="heads of two models have no common numbering")
     chance, n, common = common_heads_chance(a, b), len(a.heads) + len(b.heads), len(a.heads & b.heads)
     jaccard = np.arange(len(chance)) / (n - np.arange(len(chance)))
     p = min(1.0, float(chance[common:].sum()))
@@ -126,10 +133,9 @@ def random_places(
 ) -> Owner:
     "As many heads, anywhere in the model."
     drawn = rng.choice(owner.n_layers * owner.n_heads, len(owner.heads), replace=False)
-    return Owner(owner.model, owner.task, Circuit.from_components([f"a{i // owner.n_heads}.h{i % owner.n_heads}" for i in drawn]), owner.n_layers,
-                 owner.n_heads)
+    return replace(owner, circuit=Circuit.from_components([f"a{i // owner.n_heads}.h{i % owner.n_heads}" for i in drawn]))
 
-# %% ../nbs/w11d-convergent-evolution.ipynb #6356f1ea
+# %% ../nbs/w11d-convergent-evolution.ipynb #26a3a896
 def _range(a: Owner, b: Owner) -> dict[str, tuple[float, float]]:
     "Least and greatest of every number when one head is left out of either circuit."
     less = [overlap_of(a.without(h), b) for h in a.heads if len(a.heads) > 1] + [overlap_of(a, b.without(h)) for h in b.heads if len(b.heads) > 1]
@@ -149,8 +155,8 @@ def convergence_of(
     for name, key in (("layers", "layer_jaccard"), ("density", "density_cosine")):
         null, found = [n[key] + 1e-9 for n in nulls], Interval(numbers[key], nan, nan, 0, 0, "circuits of these sizes anywhere in the model")
         estimates[name] = estimate_of(found, null)
-    kind = "homology" if a.model == b.model else "convergence"
-    common = [f"a{layer}.h{head}" for layer, head in sorted(a.heads & b.heads)] if a.model == b.model else []
+    kind = "homology" if a.line == b.line else "convergence"
+    common = [f"a{layer}.h{head}" for layer, head in sorted(a.heads & b.heads)] if a.line == b.line else []
     row = dict(model_a=a.model, task_a=a.task, model_b=b.model, task_b=b.task, kind=kind, common=common, **numbers)
     tasks = (a.task,) if a.task == b.task else (a.task, b.task)
     value = lens_value(numbers)
@@ -160,7 +166,7 @@ def convergence_of(
 
 _LEAST_DRAWS = 999  # no model is run, so draws cost little
 
-# %% ../nbs/w11d-convergent-evolution.ipynb #a2d90a87
+# %% ../nbs/w11d-convergent-evolution.ipynb #01e85179
 def judge_convergence(finding: Finding) -> str:
     "From the p-values of heads, layers and densities."
     found = [name for name, e in finding.estimates.items() if e.p_adjusted <= 0.05]
@@ -168,6 +174,14 @@ def judge_convergence(finding: Finding) -> str:
     what = {"heads": "common heads", "layers": "common layers", "density": "the same profile over the layers"}
     if not found: return "not shown to be more alike than circuits of these sizes by chance"
     return f"{finding.metadata['kind']}: {' and '.join(what[name] for name in found)} beyond chance"
+
+
+def ancestor_of(
+    model: str,  # name
+) -> str:  # empty: it has none that is known
+    "The embedded model whose training another continues."
+    base = model.partition("@")[0]  # a point of a training is of that training
+    return PLANTINGS[base].parent if base in PLANTINGS else base if base != model else ""
 
 
 def convergent_evolution(
@@ -188,7 +202,7 @@ def convergent_evolution(
         chosen = circuits_for(name, tasks, circuits)
         for task in tasks:
             check_fits(chosen[task], *shape)
-            owners.append(Owner(name, task, chosen[task], *shape))
+            owners.append(Owner(name, task, chosen[task], *shape, ancestor_of(name)))
     pairs = [(a, b) for a, b in combinations(owners, 2) if a.model == b.model or a.task == b.task]
     findings = []
     for done, (a, b) in enumerate(pairs):

@@ -19,7 +19,7 @@ from circuit_generalization.circuit import Circuit, Component, load_circuit
 from circuit_generalization.cone import no_cone
 from circuit_generalization.constructions import FIRST, SECOND, carried, constructions, two_routes
 from circuit_generalization.controls import random_circuit, random_twin, unbridged
-from circuit_generalization.convergent_evolution import Owner, convergence_of, convergent_evolution, lens_value, overlap_of
+from circuit_generalization.convergent_evolution import Owner, ancestor_of, convergence_of, convergent_evolution, lens_value, overlap_of
 from circuit_generalization.epistasis import GN2, drops_of_sets, epistasis, epistasis_of, epsilons, judge_epistasis, pairs_of
 from circuit_generalization.errors import InputError
 from circuit_generalization.exact_scores import as_prompt_set, compiled_prompts, numpy_forward, numpy_weights
@@ -339,6 +339,15 @@ def test_heads_of_two_models_are_not_compared():
     assert deep["layer_jaccard"] == 1 / 2 * 1 and deep["density_cosine"] == pytest.approx((1 * 0.5 + 1 * 0.5) / (1 * np.sqrt(2)))
 
 
+def test_models_of_one_line_have_one_numbering():
+    a, b = owner(["a0.h0", "a1.h1"], "m"), replace(owner(["a0.h0", "a1.h2"], "n"), ancestor="m")
+    found = convergence_of(a, b, Options())
+    assert found.metadata["kind"] == "homology" and found.estimates["heads"].value == 1 / 3 and found.rows[0]["common"] == ["a0.h0"]
+    kin = convergent_evolution(["organism-a", "organism-patchwork-1", "organism-b"], ["ioi"], QUICK)
+    assert [f.metadata["kind"] for f in kin.findings] == ["homology", "convergence", "convergence"]
+    assert ancestor_of("organism-b@1700") == "organism-b" == ancestor_of("organism-patchwork-2") and ancestor_of("organism-b") == ""
+
+
 def test_leaving_out_a_head_gives_the_range():
     found = convergence_of(owner(["a0.h0", "a1.h0"]), owner(["a0.h0", "a1.h1"], task="u"), Options(n_random=0))
     assert found.metadata["left_out_one_head"]["head_jaccard"] == (0, 1 / 2)
@@ -432,7 +441,9 @@ def test_the_json_has_the_fields_that_are_documented_and_the_same_bytes(metric):
     assert first == again and list(data) == list(FIELDS)
     for finding in data["findings"]:
         assert list(finding) == list(FINDING_FIELDS)
-        for estimate in finding["estimates"].values(): assert list(estimate) == list(ESTIMATE_FIELDS)
+        for estimate in finding["estimates"].values():
+            assert list(estimate) == list(ESTIMATE_FIELDS)
+            if estimate["low"] is not None: assert estimate["low"] <= estimate["value"] <= estimate["high"]
         for row in finding["rows"]: assert set(row) <= set(data["columns"])
     assert set().union(*(row for f in data["findings"] for row in f["rows"])) == set(data["columns"])
     assert data["used"]["seed"] == 0 and data["used"]["circuits"]["organism-a ioi"]["hash"] == load_circuit("organism-a-ioi").hash
@@ -473,14 +484,23 @@ def test_circuits_may_be_given():
     own = replace(load_circuit("organism-a-ioi"), name="mine", nodes=load_circuit("organism-a-ioi").nodes[:2])
     result = epistasis("organism-a", ["ioi", "sva"], replace(QUICK, n_random=0), [own])
     assert [len(f.rows) for f in result.findings] == [1, 55] and result.used["circuits"]["organism-a ioi"]["name"] == "mine"
-    with pytest.raises(InputError, match="no circuit comes with model 'organism-patchwork-1' and task 'sva'"):
-        make_subjects("organism-patchwork-1", ["ioi", "sva"], QUICK)
+    with pytest.raises(InputError, match="no circuit comes with model 'compiled-ioi' and task 'sva'"):
+        make_subjects("compiled-ioi", ["ioi", "sva"], QUICK)
 
 
 @pytest.mark.parametrize("wrong, said", [
     (dict(n_prompts=0), "at least one"), (dict(n_random=-1), "give 0 for none"), (dict(positions="somewhere"), "no positions")])
 def test_options_are_checked(wrong, said):
     with pytest.raises(InputError, match=said): Options(**wrong)
+
+
+def test_positions_are_those_that_were_asked_for():
+    given, model = load_circuit("organism-c-ioi"), load_model("organism-c")
+    every, listed = (make_subject(model, "ioi", given, replace(QUICK, positions=p)) for p in ("all", "listed"))
+    assert {n.positions for n in every.circuit.nodes} == {None} and listed.circuit == given == every.given == listed.given
+    assert every.drops([every.heads]).mean() != pytest.approx(listed.drops([listed.heads]).mean(), rel=1e-3)
+    nodes = [sorted((str(n.component.layer), n.positions) for n in c.nodes) for c in (given, listed.nulls(1, 0)[0])]
+    assert nodes[0] == nodes[1] and listed.nulls(3, 0) != listed.nulls(3, 1) and listed.nulls(3, 1)[:2] == listed.nulls(2, 1)
 
 
 def test_metrics_that_need_more_say_so():
