@@ -49,7 +49,8 @@ class Agreement(Task):
 
     def choices(self, tokenizer, seed, split, i):
         n = len(self.templates("base"))
-        return dict(template=i % n, templates="base", numbers=divmod(i // n % 4, 2), insert="",
+        four = (i + i // n) % 4  # each of the four in any four prompts, and in any four of a template
+        return dict(template=i % n, templates="base", numbers=divmod(four, 2), insert="",
                     nouns=self._draw(tokenizer, rng_of("sva", seed, split, i), "base", split))
 
     def vary(self, choices, spec, tokenizer, rng, split):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from .ablation import Ablation, Mask, Replacements, circuit_mask, universe_mask
+from .ablation import Ablation, Mask, Replacements, capture, circuit_mask, universe_mask
 from .circuit import Circuit
 from .circuit_scorer import ld_under
 from .errors import InputError
@@ -41,7 +41,8 @@ class Bench:
         self.universe_name = universe
         self.shape = model.cfg.n_layers, model.cfg.n_heads
         source, every = Replacements(model, prompts, ablation, reference, universe, seed), torch.arange(len(prompts))
-        self.donors = [source.draw(d, every) for d in range(ablation.n_draws)]
+        clean = capture(model, prompts.tokens, universe) if ablation.kind == "noise" else None
+        self.donors = [source.draw(d, every, clean) for d in range(ablation.n_draws)]
         self.universe = universe_mask(prompts, *self.shape, universe)
 
     def lds(self, masks: Sequence[Mask]) -> Float[np.ndarray, "mask prompt"]:

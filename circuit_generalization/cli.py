@@ -152,7 +152,7 @@ def run_measure(args) -> None:
 # %% ../nbs/w09c-command-line.ipynb #bd02d836
 def run_score(args) -> None:
     "Score the prompts of a CSV file; write a table."
-    check_file(args.out, [args.prompts, args.reference, args.circuit])
+    check_file(args.out, [args.prompts, args.reference, args.circuit, args.model])
     from circuit_generalization.measurement import ScoreOptions, plan_score, score_file
     from circuit_generalization.models import quiet
 

@@ -17,9 +17,20 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import hypergeom
 
-from .circuit import UNNAMED, Circuit, check_fits
+from .circuit import Circuit, check_fits, is_named
 from .errors import InputError
-from .genetics import Estimate, Finding, GeneticsResult, Metric, Options, circuits_for, concluded, estimate_of, mlps_of
+from circuit_generalization.genetics import (
+    Estimate,
+    Finding,
+    GeneticsResult,
+    Metric,
+    Options,
+    circuits_for,
+    concluded,
+    estimate_of,
+    mlps_of,
+    of_other_weights,
+)
 from .models import as_bridge, model_hash, model_name
 from .planting import PLANTINGS
 from .stats import Interval
@@ -62,7 +73,7 @@ class Owner:
         keep = tuple(n for n in self.circuit.nodes if (n.component.layer, n.component.head) != head)
         return replace(self, circuit=Circuit(keep, self.circuit.universe, self.circuit.name))
 
-    def roles(self) -> Counter: return Counter(n.role for n in self.circuit.nodes if n.role not in (None, UNNAMED))
+    def roles(self) -> Counter: return Counter(n.role for n in self.circuit.nodes if is_named(n.role))
 
 
 def density(
@@ -196,7 +207,10 @@ def convergent_evolution(
     if len(tasks) < 2 and len(bridges) < 2:
         raise InputError("convergent-evolution compares circuits: give at least two tasks, such as --tasks ioi sva, or two models")
     if circuits and len(bridges) > 1: raise InputError("--circuits goes with one model: with several, their packaged circuits are compared")
-    owners = []
+    hashes, names, owners = [model_hash(b) for b in bridges], [model_name(b) for b in bridges], []
+    for i, j in combinations(range(len(bridges)), 2):
+        if hashes[i] == hashes[j]: raise InputError(f"{names[i]} and {names[j]} are the same model: give two that differ")
+        if names[i] == names[j]: raise InputError(f"two models are called {names[i]}: rename one of the folders")
     for bridge in bridges:
         name, shape = model_name(bridge), (bridge.cfg.n_layers, bridge.cfg.n_heads)
         chosen = circuits_for(name, tasks, circuits)
@@ -208,8 +222,9 @@ def convergent_evolution(
     for done, (a, b) in enumerate(pairs):
         if progress: progress(done, len(pairs), f"convergent-evolution: {a.model} {a.task} and {b.model} {b.task}")
         findings.append(convergence_of(a, b, options))
-    used = dict(models={model_name(b): model_hash(b)[:12] for b in bridges},
+    used = dict(models={n: h[:12] for n, h in zip(names, hashes)},
                 circuits={f"{o.model} {o.task}": dict(name=o.circuit.name, hash=o.circuit.hash) for o in owners}, seed=options.seed,
                 n_random=max(options.n_random, _LEAST_DRAWS) if options.n_random else 0)
-    names, no_passes = tuple(model_name(b) for b in bridges), dict(stated=0, edited=0, whole=0)
-    return GeneticsResult(GN4, names, concluded(findings, judge_convergence), {}, no_passes, used, mlps_of(o.circuit for o in owners))
+    notes = tuple(note for o in owners if (note := of_other_weights(o.circuit, bridges[names.index(o.model)])))
+    no_passes, left_out = dict(stated=0, edited=0, whole=0), mlps_of(o.circuit for o in owners)
+    return GeneticsResult(GN4, tuple(names), concluded(findings, judge_convergence), {}, no_passes, used, left_out, notes)

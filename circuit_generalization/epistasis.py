@@ -20,12 +20,12 @@ from .stats import benjamini_hochberg, cr2_interval, difference_p_value, mean_sq
 
 # %% ../nbs/w11b-epistasis.ipynb #726ec9ed
 GN2 = Metric(
-    code="GN2", name="epistasis", value="mean absolute epistasis over all pairs of heads, logits", threshold=0.05,
-    establishes="that the heads interact: what one does depends on whether another is there, more than among random heads of the same layers",
-    does_not="that the interaction is particular to the task, or that one head reads the other; synergy of ablations may be redundancy, "
+    code="GN2", name="epistasis", value="mean absolute epistasis over all pairs of components, logits", threshold=0.05,
+    establishes="that components interact: what one does depends on whether another is there, more than in random circuits of the same layers",
+    does_not="that the interaction is particular to the task, or that one reads the other; synergy of ablations may be redundancy, "
              "antagonism a serial path",
     columns={
-        "a": "a head", "b": "another", "role_a": "a's role in the circuit", "role_b": "b's", "drop_a": "drop of LD without a, logits",
+        "a": "a head or MLP", "b": "another", "role_a": "a's role in the circuit", "role_b": "b's", "drop_a": "drop of LD without a, logits",
         "drop_b": "without b", "drop_both": "without both", "epsilon": "drop_both - drop_a - drop_b", "low": "lower end of its 95% interval",
         "high": "upper end", "p_value": "of epsilon = 0", "p_adjusted": "Benjamini-Hochberg over the pairs of the circuit",
         "reading": "synergy (together worse than the sum), antagonism (milder), negligible (interval within the threshold), no interaction found, "
@@ -116,8 +116,8 @@ def judge_epistasis(finding: Finding) -> str:
     if size.high <= GN2.threshold: return f"additive: epsilon is at most {size.high:.2g} logits"
     if size.low <= 0: return "not decidable: epsilon cannot be told from zero, nor from more than the threshold"
     if not size.n_null: return "coupled; no random circuits to compare with"
-    if size.p_adjusted <= 0.05: return "coupled, more than random heads of the same layers"
-    return "coupled, but not shown to be more so than random heads of the same layers"
+    if size.p_adjusted <= 0.05: return "coupled, more than random circuits of the same layers"
+    return "coupled, but not shown to be more so than random circuits of the same layers"
 
 
 def epistasis(

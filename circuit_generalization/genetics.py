@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'FINDING_FIELDS', 'ESTIMATE_FIELDS', 'Measure', 'Estimate', 'estimate_of', 'Metric', 'Finding',
            'GeneticsResult', 'Options', 'Subject', 'make_subject', 'circuits_for', 'make_subjects', 'adjusted',
-           'what_was_used', 'passes_of', 'concluded', 'mlps_of', 'run_metric']
+           'what_was_used', 'passes_of', 'concluded', 'mlps_of', 'of_other_weights', 'run_metric']
 
 # %% ../nbs/w11-genetics.ipynb #31c4ef8d
 import json
@@ -30,7 +30,7 @@ from .metrics import ModelFails
 from .models import as_bridge, model_hash, model_name
 from .passes import Passes, counted_passes
 from .prompts import prompts_hash
-from .stats import Interval, benjamini_hochberg, permutation_rank_p
+from .stats import MIN_CLUSTERS, Interval, benjamini_hochberg, permutation_rank_p
 from .tasks import find_task
 
 # %% ../nbs/w11-genetics.ipynb #c5c8d32b
@@ -61,10 +61,12 @@ def estimate_of(
 ) -> Estimate:
     "An interval with its null."
     found = Estimate(interval.estimate, interval.low, interval.high, how=interval.method)
-    if null is None or not len(null) or not isfinite(interval.estimate): return found
+    few = 0 < interval.n_clusters < MIN_CLUSTERS
+    if null is None or not len(null) or few or not isfinite(interval.estimate): return found
     observed, others = rank or (interval.estimate, null)
+    rounding = 1e-5 * float(np.abs([observed, *others]).max())  # models compute in single precision: what is equal should tie
     null = np.asarray(null, float)
-    return replace(found, p_value=float(permutation_rank_p(observed, others)), null_mean=float(np.mean(null)),
+    return replace(found, p_value=float(permutation_rank_p(observed - rounding, others)), null_mean=float(np.mean(null)),
                    null_95=float(np.quantile(null, 0.95)), n_null=len(null))
 
 # %% ../nbs/w11-genetics.ipynb #bf8a2659
@@ -103,7 +105,8 @@ class GeneticsResult:
     refused: dict[str, str]  # task: why
     passes: dict[str, int]  # stated, and as the engine counted
     used: dict  # circuits, prompts, options, engine
-    left_out: str = ""  # by a cap, if any
+    left_out: str = ""  # such as MLPs, by a metric of heads
+    notes: tuple[str, ...] = ()  # what one should know beside it
 
     @property
     def value(self) -> float: return float(np.mean([f.value for f in self.findings])) if self.findings else nan
@@ -121,7 +124,8 @@ FIELDS = {
     "tasks": "tasks that were measured", "value": "the lens's value: mean of the findings'", "threshold": "of the lens's value",
     "passed": "value > threshold", "what": "what the lens's value is", "establishes": "what a finding says", "does_not": "what it does not say",
     "columns": "of the rows: what each means", "findings": "one a task or pair of tasks, with the fields below",
-    "refused": "task: why it was not measured", "left_out": "what a cap left out; empty: nothing",
+    "refused": "task: why it was not measured",
+    "left_out": "what the metric does not look at; empty: nothing", "notes": "what one should know, such as circuits of other weights",
     "passes": "forward passes of one prompt each: stated (edited), and as the engine counted them (edited; whole: clean and reference prompts)",
     "used": "models' and circuits' hashes, prompts, options, engine",
 }
@@ -153,7 +157,7 @@ def _to_dict(self: GeneticsResult) -> dict:
                   metadata=f.metadata, rows=f.rows, per_prompt=f.per_prompt) for f in self.findings]
     return _plain(dict(metric=m.code, name=m.name, models=self.models, tasks=list(tasks), value=self.value, threshold=m.threshold,
                        passed=self.passed, what=m.value, establishes=m.establishes, does_not=m.does_not, columns=m.columns, findings=found,
-                       refused=self.refused, left_out=self.left_out, passes=self.passes, used=self.used))
+                       refused=self.refused, left_out=self.left_out, notes=self.notes, passes=self.passes, used=self.used))
 
 
 def _to_json(self: GeneticsResult) -> str:
@@ -311,6 +315,16 @@ def mlps_of(
     return f"MLPs: {', '.join(names)}" if names else ""
 
 
+def of_other_weights(
+    circuit: Circuit,
+    model,  # a TransformerBridge
+) -> str:  # empty: it is this model's, or does not say
+    "Whether the circuit says that it was found in another model."
+    found_in, own = str(circuit.provenance.get("model_hash", "")), model_hash(model)
+    if not found_in or own.startswith(found_in): return ""
+    return f"circuit {circuit.name} was found in other weights ({circuit.model or 'it does not say whose'}) than those of {model_name(model)}"
+
+
 Measure = Callable[..., tuple[Finding, int]]  # (subject, …, options) → a finding without verdict, and the passes that it states
 
 
@@ -330,7 +344,8 @@ def run_metric(
     with counted_passes() as counted:
         subjects, refused = make_subjects(model, tasks, options, circuits)
         for s in subjects: s.bench.ablated_ld  # noqa: B018 (made once, here: the scale that tells small effects)
-        findings, stated, groups = [], len(subjects) * options.n_prompts * (1 + options.how.n_draws), list(combinations(subjects, together))
+        stated = options.n_prompts * (len(subjects) * (1 + options.how.n_draws) + len(refused))
+        findings, groups = [], list(combinations(subjects, together))
         for done, group in enumerate(groups):
             if progress: progress(done, len(groups), f"{metric.name}: {' and '.join(s.task for s in group)}")
             finding, passes = measure(*group, options)
@@ -338,4 +353,5 @@ def run_metric(
             stated += passes
     names, mlps = tuple(dict.fromkeys(model_name(s.model) for s in subjects)) or (str(model),), mlps_of(s.circuit for s in subjects)
     used, left_out = what_was_used(subjects, options), mlps if metric.heads_only else ""
-    return GeneticsResult(metric, names, concluded(findings, judge), refused, passes_of(stated, counted), used, left_out)
+    notes = tuple(note for s in subjects if (note := of_other_weights(s.given or s.circuit, s.model)))
+    return GeneticsResult(metric, names, concluded(findings, judge), refused, passes_of(stated, counted), used, left_out, notes)

@@ -5,29 +5,31 @@
 # %% auto #0
 __all__ = ['GENETICS', 'run_genetics', 'print_result']
 
-# %% ../nbs/w11g-genetics-commands.ipynb #3f771be7
+# %% ../nbs/w11g-genetics-commands.ipynb #2b19a1ea
 import textwrap
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from .errors import InputError
 from .terminal import Command, Parser, check_device, check_file, check_model, print_table, progress_bar, whole
 
-# %% ../nbs/w11g-genetics-commands.ipynb #2c4961d8
+# %% ../nbs/w11g-genetics-commands.ipynb #d38a6a11
 def run_genetics(
     name: str,  # of the command, and of the module and function behind it
     args,  # its options
 ) -> int:  # exit code: 1 where a task was refused
     "Measure, print, write."
-    check_file(args.out, args.circuits)
-    if args.figure: check_file(args.figure, [*args.circuits, args.out], "--figure")
+    models = args.model if isinstance(args.model, list) else [args.model]
+    check_file(args.out, [*args.circuits, *models])
+    if args.figure: _check_figure(args, models)
     from circuit_generalization.circuit import write_text_atomically
     from circuit_generalization.genetics import Options
-    from circuit_generalization.genetics_figures import save_genetics_figure
+    from circuit_generalization.genetics_figures import plot_genetics
     from circuit_generalization.models import quiet
+    from circuit_generalization.plots import write_png
 
     check_device(args.device)
-    models = args.model if isinstance(args.model, list) else [args.model]
     for model in models: check_model(model)
     options = Options(args.n_prompts, args.seed, args.ablation, args.draws, args.positions, args.n_random, args.device)
     module = name.replace("-", "_")
@@ -35,13 +37,22 @@ def run_genetics(
     with quiet(), progress_bar() as progress:
         result = metric(models if len(models) > 1 else models[0], args.tasks, options, args.circuits, progress)
         data = result.to_dict()
+        figure = plot_genetics(data) if args.figure and result.findings else None
+        if figure: write_png(figure, args.figure)
         write_text_atomically(args.out, result.to_json())
-        if args.figure and result.findings: save_genetics_figure(data, args.figure)
     print_result(data)
-    print(f"Wrote {args.out}" + (f" and {args.figure}" if args.figure and result.findings else "") + ".")
+    print(f"Wrote {args.out}" + (f" and {args.figure}" if figure else "") + ".")
+    if args.figure and not figure: print("There is no figure: nothing was measured.")
     return 1 if result.refused else 0
 
-# %% ../nbs/w11g-genetics-commands.ipynb #70ba5af6
+# %% ../nbs/w11g-genetics-commands.ipynb #cf52843c
+def _check_figure(args, models: list[str]) -> None:
+    "Raise `InputError` for a figure that cannot be written, or would replace something."
+    if args.figure.suffix.lower() != ".png": raise InputError(f"--figure {args.figure}: figures are PNG files; give a name that ends in .png")
+    if args.figure.resolve() == args.out.resolve(): raise InputError(f"--figure {args.figure}: that is --out; give two files")
+    check_file(args.figure, [*args.circuits, *models], "--figure")
+
+# %% ../nbs/w11g-genetics-commands.ipynb #6e437e55
 def _number(x: float | None, form: str = ".2f") -> str: return "–" if x is None else f"{x:{form}}"
 
 
@@ -51,10 +62,13 @@ def _who(finding: dict, several: bool) -> str:
     return ", ".join(finding["tasks"]) + (f" ({', '.join(models)})" if several and models else "")
 
 
+def _named(estimate: str) -> str: return estimate.replace("_", " ").replace(":", " into ")
+
+
 def _estimate_cells(name: str, e: dict) -> list[str]:
     ends = "" if e["low"] is None else f"{e['low']:.2f}, {e['high']:.2f}"
     null = ["", "", ""] if e["p_adjusted"] is None else [_number(e["null_mean"]), _number(e["null_95"]), _number(e["p_adjusted"], ".3g")]
-    return [name.replace("_", " ").replace(":", " into "), _number(e["value"]), ends, *null]
+    return [_named(name), _number(e["value"]), ends, *null]
 
 
 def print_result(
@@ -67,16 +81,22 @@ def print_result(
         for name, e in f["estimates"].items(): rows.append([*(first if name == next(iter(f["estimates"])) else ["", ""]), *_estimate_cells(name, e)])
     columns = ["", f"lens's value\n> {data['threshold']:g}", "estimate", "value", "95% interval", "random\nmean", "random\n95%", "adjusted\np"]
     if rows: print_table(f"{data['metric']} {data['name']}, {', '.join(data['models'])}", columns, rows, ["estimate"])
-    for f in data["findings"]: print(f"{_who(f, several)}: {f['verdict']}.")
+    for f in data["findings"]:
+        print(f"{_who(f, several)}: {f['verdict']}.")
+        for name, e in f["estimates"].items():
+            if e["value"] is None: print(f"    no {_named(name)}: {e['how']}.")
     for task, why in data["refused"].items(): print(f"Refused: {task}, since {why}.")
     if data["left_out"]: print(f"Left out: {data['left_out']}.")
+    for note in data["notes"]: print(f"Note: {note}.")
+    n_null = max((e["n_null"] for f in data["findings"] for e in f["estimates"].values()), default=0)
     passes = data["passes"]
-    notes = [f"The lens's value: {data['what']}. Verdicts rest on the estimates alone. p-values are adjusted over the findings.",
+    notes = [f"The lens's value: {data['what']}. Verdicts rest on the estimates alone. p-values are adjusted over the findings"
+             + (f"; with {n_null} random circuits none is below {1 / (n_null + 1):.2g}." if n_null else "."),
              f"A high estimate that beats its null establishes {data['establishes']}. It does not establish {data['does_not']}.",
              f"{passes['edited']} edited passes of one prompt each ({passes['stated']} were stated), and {passes['whole']} whole ones."]
     print("\n" + "\n".join(textwrap.fill(note, 120) for note in notes))
 
-# %% ../nbs/w11g-genetics-commands.ipynb #35cf9166
+# %% ../nbs/w11g-genetics-commands.ipynb #7186e57d
 def _options(parser: Parser, several_models: bool = False) -> None:
     what = "an embedded model, a folder in Hugging Face format, or a hub name"
     several = dict(nargs="+", metavar="MODEL", help=f"{what}; of several, one task is compared across") if several_models else dict(help=what)

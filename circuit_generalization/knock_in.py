@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .attention import head_weights
-from .chimera import Choice, common_score, donor_heads, why_not_shared
-from .circuit import UNNAMED, Circuit, Component, Node
+from .chimera import Choice, common_score, donor_heads, reasons, why_not_shared
+from .circuit import Circuit, Component, Node, is_named
 from .circuit_scorer import ld_under
 from .cone import no_cone
 from .errors import InputError
@@ -102,11 +102,13 @@ def _in_place(bench, node: Node, written: Float[Tensor, "prompt pos d_model"]) -
     return [Edit(mask, new, Addition(layer, torch.where(where, written - new.z[:, :, layer, head].to(written) @ own, 0))) for new in bench.donors]
 
 # %% ../nbs/w11a-knock-in.ipynb #6b9c3471
-def homologous(a: Node, b: Node) -> bool: return a.name != b.name and a.role == b.role and a.role not in (None, UNNAMED)
+def homologous(a: Node, b: Node) -> bool: return a.name != b.name and a.role == b.role and is_named(a.role)
 
 
-def _no_pair(host: Subject, guest: Subject) -> str:
-    if any(homologous(a, b) for a in host.heads for b in guest.heads): return "no head with a counterpart has an effect to give back"
+def _no_pair(host: Subject, guest: Subject, why_not: dict[str, str]) -> str:
+    with_pair = [a.name for a in host.heads if any(homologous(a, b) for b in guest.heads)]
+    if with_pair: return reasons({a: why_not[a] for a in with_pair})
+    if not all(any(is_named(n.role) for n in s.heads) for s in (host, guest)): return "a circuit names no roles"
     return "the circuits share no role but in heads that are in both"
 
 
@@ -129,8 +131,8 @@ def _rescues(host: Subject, guest: Subject, options: Options) -> tuple[list[dict
     every: Choice = {a: [b for b in guests if b != a] for a in loci if not why_not[a]}
     alike = {a: [b for b in donors_of if homologous(loci[a], guests[b])] for a, donors_of in every.items()}
     alike = {a: donors_of for a, donors_of in alike.items() if donors_of}
-    estimates = {f"rescue:{host.task}": common_score(host, gained, lost, alike, options) if alike else Estimate(nan, how=_no_pair(host, guest)),
-                 f"any_rescue:{host.task}": common_score(host, gained, lost, every, options)}
+    def shared(choice, why): return common_score(host, gained, lost, choice, options) if choice else Estimate(nan, how=why)
+    estimates = {f"rescue:{host.task}": shared(alike, _no_pair(host, guest, why_not)), f"any_rescue:{host.task}": shared(every, reasons(why_not))}
     numbers = {f"{b} in place of {a}": v.tolist() for (b, a), v in zip(pairs, found) if b in guests}
     return rows, estimates, numbers, (len(pairs) + len(loci)) * len(host.ld) * len(host.bench.donors)
 

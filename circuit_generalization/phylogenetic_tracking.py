@@ -19,7 +19,7 @@ from sklearn.isotonic import isotonic_regression
 from .checkpoints import checkpoints_of, finished_step
 from .circuit import Circuit, Node
 from .genetics import Estimate, Finding, GeneticsResult, Metric, Options, Subject, estimate_of, run_metric
-from .metrics import THRESHOLDS, necessity, sufficiency
+from .metrics import LEAST_RIGHT, THRESHOLDS, necessity, sufficiency
 from .models import embedded_models, load_model, model_hash, model_name
 from .stats import MIN_CLUSTERS, benjamini_hochberg, cr2_interval, difference_p_value, ratio_interval
 
@@ -31,7 +31,7 @@ GN5 = Metric(
     establishes="that the circuit's effect builds up over the layers in order, more than random heads of the same layers would, and where",
     does_not="the order of causes: a head in layer 1 may matter only because one in layer 3 reads it; depth is not time (over_training is)",
     columns={
-        "layer": "heads of the circuit above it are ablated; -1: all of them", "heads": "the circuit's heads in this layer",
+        "layer": "heads of the circuit above it are ablated; -1: all of them", "heads": "what the circuit has in this layer",
         "kept": "share of LD that is left",
         "low": "lower end of its 95% interval", "high": "upper end", "step": "kept here minus kept one layer before", "step_p_value": "of step = 0",
         "step_p_adjusted": "Benjamini-Hochberg over the layers", "null_mean": "mean of kept for random circuits", "null_05": "5% quantile",
@@ -220,8 +220,9 @@ def over_training(
         at = subject if step is None else replace(subject, bench=subject.bench.with_model(load_model(f"{name}@{step}", device)))
         (lds,), n_sets = formation_lds(at, [subject.circuit])
         alone, none, ld = at.bench.alone(subject.circuit).mean(), at.bench.ablated_ld.mean(), cr2_interval(at.ld, subject.bench.templates)
-        judged = ld.estimate - none >= THRESHOLDS.min_effect_logits
-        points.append(dict(step=finished_step(name) if step is None else step, right=float((at.ld > 0).mean()), ld=ld.estimate, low=ld.low,
+        right = float((at.ld > 0).mean())
+        judged = right >= LEAST_RIGHT and ld.estimate - none >= THRESHOLDS.min_effect_logits
+        points.append(dict(step=finished_step(name) if step is None else step, right=right, ld=ld.estimate, low=ld.low,
                            high=ld.high, circuit_alone=float(alone), all_ablated=float(none),
                            sufficiency=float(sufficiency(alone, ld.estimate, none)) if judged else nan,
                            necessity=float(necessity(lds[0].mean(), ld.estimate, none)) if judged else nan, lds=lds.mean(1).tolist()))
@@ -239,7 +240,9 @@ def judge_tracking(finding: Finding) -> str:
     "From the rise, its null, and the tests of the steps."
     rise, shape = finding.estimates["rise"], next((s["shape"] for s in finding.metadata["shapes"] if s["chosen"]), None)
     if not isfinite(rise.low + rise.high): return f"not decidable: {rise.how}"
-    if rise.low <= 0: return "nothing forms: without the circuit's heads LD is as high"
+    if rise.low <= 0: return "nothing forms: without the circuit LD is as high"
+    if sum(bool(r["heads"]) for r in finding.rows) < 2: return "no order: all of the circuit is in one layer"
+    if shape == "flat": return "nothing forms: the curve cannot be told from a flat one"
     falls = [r["layer"] for r in finding.rows if r["step_p_adjusted"] <= 0.05 and r["step"] < -LEAST_FALL]
     how = "forms in order" + (f", as a {shape}" if shape != "monotone" else "")
     if falls: how = f"falls at layer {', '.join(map(str, falls))}, so not in order"

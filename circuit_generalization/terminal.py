@@ -67,11 +67,16 @@ def check_file(
     inputs: Iterable[Path | str | None] = (),  # files that it must not replace
     option: str = "--out",  # named in the error
 ):
-    "Raise `InputError` where a file cannot be written, is a folder, or is one of the inputs."
+    "Raise `InputError` where a file cannot be written, is a folder or a device, or is one of the inputs, or in a folder that is one."
     if path.is_dir(): raise InputError(f"{option} {path}: a folder; give the name of a file in it")
-    if any(given is not None and path.resolve() == Path(given).resolve() for given in inputs):
-        raise InputError(f"{option} {path}: that is an input, which would be lost; give another file")
+    if path.exists() and not path.is_file(): raise InputError(f"{option} {path}: not a file that can be replaced; give another one")
+    for given in map(Path, filter(None, inputs)):
+        if path.resolve() == given.resolve() or (given.is_dir() and path.resolve().parent == given.resolve()):
+            raise InputError(f"{option} {path}: that is an input, or in its folder, and would be lost; give another file")
     check_folder(path.parent, option)
+    if not path.parent.is_dir(): return
+    try: tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.").close()
+    except OSError as e: raise InputError(f"{option} {path}: cannot be written ({e.strerror})") from None
 
 # %% ../nbs/w09b2-terminal.ipynb #13af07e6
 def check_device(

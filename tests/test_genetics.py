@@ -301,7 +301,8 @@ def test_the_lens_averages_self_pairs_in_and_we_report_them_apart():
     assert finding.metadata["mean_flat_without_self"] == pytest.approx(mine.flat[~mine.same_head].mean())
     both = mine[~mine.same_head]
     assert finding.estimates["weights"].value == pytest.approx(((both.qk + both.ov) / 2).mean())
-    assert len(rows) == 2 * 8 * 11 and (rows.why_not[rows.same_head] == "the same head").all()
+    k, m = (len(load_circuit(f"organism-a-{task}")) for task in ("ioi", "sva"))
+    assert len(rows) == 2 * k * m and (rows.why_not[rows.same_head] == "the same head").all()
     alike = rows[rows.homologous]
     assert (alike.role_a == alike.role_b).all() and not (alike.role_a == "unnamed").any() and not alike.same_head.any()
     assert len(finding.per_prompt["ld"]) == 40 and finding.per_prompt["ioi: a0.h0 in place of a0.h2"][20:] == [None] * 20
@@ -483,7 +484,8 @@ def test_circuits_are_matched_with_tasks(arguments, said):
 def test_circuits_may_be_given():
     own = replace(load_circuit("organism-a-ioi"), name="mine", nodes=load_circuit("organism-a-ioi").nodes[:2])
     result = epistasis("organism-a", ["ioi", "sva"], replace(QUICK, n_random=0), [own])
-    assert [len(f.rows) for f in result.findings] == [1, 55] and result.used["circuits"]["organism-a ioi"]["name"] == "mine"
+    k = len(load_circuit("organism-a-sva"))
+    assert [len(f.rows) for f in result.findings] == [1, k * (k - 1) // 2] and result.used["circuits"]["organism-a ioi"]["name"] == "mine"
     with pytest.raises(InputError, match="no circuit comes with model 'compiled-ioi' and task 'sva'"):
         make_subjects("compiled-ioi", ["ioi", "sva"], QUICK)
 
@@ -532,7 +534,7 @@ def e(low, high, p=0.01, n_null=99, value=0.5): return Estimate(value, low, high
 
 
 @pytest.mark.parametrize("judge, estimates, metadata, said", [
-    (judge_epistasis, {"size": e(0.2, 0.4)}, {}, "coupled, more than random heads"),
+    (judge_epistasis, {"size": e(0.2, 0.4)}, {}, "coupled, more than random circuits"),
     (judge_epistasis, {"size": e(0.2, 0.4, p=0.2)}, {}, "coupled, but not shown"),
     (judge_epistasis, {"size": e(0.0, 0.4)}, {}, "not decidable: epsilon cannot be told"),
     (judge_epistasis, {"size": e(0.0, 0.04)}, {}, "additive"),
@@ -563,7 +565,8 @@ def test_homology_is_the_same_named_role_in_another_head():
 def test_a_result_has_one_table():
     result = epistasis("organism-a", ["ioi", "sva"], replace(QUICK, n_random=0))
     table = result.table()
-    assert isinstance(result, GeneticsResult) and len(table) == 28 + 55 and set(table.tasks) == {"ioi", "sva"}
+    k = len(load_circuit("organism-a-sva"))
+    assert isinstance(result, GeneticsResult) and len(table) == 28 + k * (k - 1) // 2 and set(table.tasks) == {"ioi", "sva"}
     assert set(table.columns) == set(GN2.columns) | {"tasks"} and GN3.code == "GN3" and genetics.FIELDS is FIELDS
 
 
@@ -640,3 +643,53 @@ def test_what_a_metric_of_heads_leaves_out_is_said():
     assert whole.left_out == "" and {r["b"] for r in whole.findings[0].rows} == {"a1.h3", "m1"}
     tracked = phylogenetic_tracking("organism-a", ["ioi"], few, [mixed]).findings[0].rows
     assert [r["heads"] for r in tracked] == [[], ["a0.h2"], ["a1.h3", "m1"], [], []]
+
+
+def test_ties_are_no_victory():
+    "A circuit of everything is every random circuit of its layers; single precision must not decide."
+    whole = Circuit.from_components([f"a{layer}.h{h}" for layer in range(4) for h in range(8)], task="ioi", name="whole")
+    few = replace(QUICK, n_random=8)
+    for metric in (phylogenetic_tracking, epistasis):
+        for e_ in metric("organism-a", ["ioi"], few, [whole]).findings[0].estimates.values(): assert np.isnan(e_.p_value) or e_.p_value == 1
+
+
+def test_passes_of_refused_tasks_are_stated_too():
+    given = ["organism-b-ioi", "organism-b-induction"]
+    for metric in (epistasis, chimera):
+        result = metric("organism-b@1000", ["ioi", "induction"], replace(QUICK, n_random=1), given)
+        assert list(result.refused) == ["ioi"] and result.passes["stated"] == result.passes["edited"]
+        assert result.notes == ("circuit organism-b-induction was found in other weights (organism-b) than those of organism-b@1000",)
+
+
+@pytest.mark.parametrize("metric", [knock_in, epistasis, chimera, phylogenetic_tracking])
+def test_noise_is_an_ablation_too(metric):
+    result = metric("organism-a", ["ioi", "induction"], Options(n_prompts=18, n_random=1, ablation="noise", n_draws=2))
+    assert result.passes["stated"] == result.passes["edited"] and result.notes == ()
+
+
+def test_the_same_model_twice_and_two_of_one_name(tmp_path):
+    from circuit_generalization.models import embedded_models
+
+    with pytest.raises(InputError, match="the same model"): convergent_evolution(["organism-a", "organism-a"], ["ioi"], QUICK)
+    (tmp_path / "organism-a").symlink_to(embedded_models()["organism-b"])
+    with pytest.raises(InputError, match="two models are called organism-a"):
+        convergent_evolution(["organism-a", str(tmp_path / "organism-a")], ["ioi"], QUICK)
+    note, = phylogenetic_tracking(str(tmp_path / "organism-a"), ["ioi"], replace(QUICK, n_random=0)).notes
+    assert note == "circuit organism-a-ioi was found in other weights (organism-a) than those of organism-a"
+
+
+def test_one_layer_has_no_order_and_roles_must_be_named():
+    one = Circuit.from_components(["a0.h2", "a0.h7"], roles=["", ""], task="ioi", name="one layer")
+    quick = replace(QUICK, n_random=2)
+    assert phylogenetic_tracking("organism-a", ["ioi"], quick, [one]).findings[0].verdict == "no order: all of the circuit is in one layer"
+    assert chimera("organism-a", ["ioi"], quick, [one]).findings[0].estimates["same_role"].how == "no two heads share a named role"
+    other = Circuit.from_components(["a1.h3"], task="induction", name="other")
+    assert knock_in("organism-a", ["ioi", "induction"], quick, [one, other]).findings[0].verdict == "not decidable: a circuit names no roles"
+
+
+def test_few_templates_give_no_p_value_and_the_reason():
+    few = replace(QUICK, n_prompts=6)
+    for metric in (epistasis, phylogenetic_tracking, chimera, knock_in):
+        for f in metric("organism-a", ["ioi", "induction"], few).findings:
+            for name, e_ in f.estimates.items(): assert np.isnan(e_.p_value) or name == "weights"
+    assert chimera("organism-a", ["ioi"], few).findings[0].estimates["score"].how == "too few templates"

@@ -96,7 +96,13 @@ def test_files_that_would_be_lost_or_cannot_be_written(refused, tmp_path):  # no
     (tmp_path / "folder").mkdir()
     assert "that is an input" in refused(*EPISTASIS, "--circuits", circuit, "--out", circuit)
     assert "--figure" in refused(*EPISTASIS, "--figure", tmp_path / "folder") and "a folder" in refused(*EPISTASIS, "--out", tmp_path / "folder")
-    assert "that is an input" in refused(*EPISTASIS, "--out", tmp_path / "x.json", "--figure", tmp_path / "x.json")
+    same = tmp_path / "x.png"
+    assert "give two files" in refused(*EPISTASIS, "--out", same, "--figure", same)
+    assert "ends in .png" in refused(*EPISTASIS, "--figure", tmp_path / "x.jpg")
+    assert "cannot be written" in refused(*EPISTASIS, "--out", tmp_path / f"{'x' * 250}.json")
+    assert "not a file that can be replaced" in refused(*EPISTASIS, "--out", "/dev/null")
+    model = tmp_path / "folder"
+    assert "in its folder" in refused("epistasis", "--model", model, "--tasks", "ioi", *QUICK, "--out", model / "config.json")
     assert "no 'nodes' object" in refused(*EPISTASIS, "--circuits", circuit)
 
 

@@ -86,6 +86,8 @@ def test_agreement_token_by_token(variant, made, tokenizer):
 
 def test_numbers_are_balanced(made):
     assert set(Counter(made["sva", "base"].labels.numbers).values()) == {N // 4}
+    numbers = made["sva", "base"].labels.numbers.tolist()
+    assert all(max(c.values()) - min(c.values()) <= 2 and len(c) == 4 for n in range(8, N) for c in [Counter(numbers[:n])])  # at any n
     assert Counter(made["sva", "attraction"].labels.numbers) == {"0 1": N // 2, "1 0": N // 2}
 
 
