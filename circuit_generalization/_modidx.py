@@ -215,6 +215,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'circuit_generalization/chimera.py'),
                                                 'circuit_generalization.chimera._place': ( 'w11c-chimera.html#_place',
                                                                                            'circuit_generalization/chimera.py'),
+                                                'circuit_generalization.chimera._scores': ( 'w11c-chimera.html#_scores',
+                                                                                            'circuit_generalization/chimera.py'),
                                                 'circuit_generalization.chimera._swap_rows': ( 'w11c-chimera.html#_swap_rows',
                                                                                                'circuit_generalization/chimera.py'),
                                                 'circuit_generalization.chimera.chimera': ( 'w11c-chimera.html#chimera',

@@ -41,7 +41,7 @@ GN3 = Metric(
         "kind": "swap (the lens's: both outputs exchanged) or chimera (pattern of one, values of another)",
         "a": "a head; of a chimera, whose pattern", "b": "another; of a chimera, whose values and output matrix",
         "role_a": "a's role in the circuit", "role_b": "b's",
-        "cross_layer": "they are in different layers", "kept": "swap: share of LD that is left", 
+        "cross_layer": "they are in different layers", "kept": "swap: share of LD that is left",
         "score": "chimera: share of b's effect that is left",
         "low": "lower end of the score's 95% interval", "high": "upper end", "p_value": "of score = 0",
         "p_adjusted": "Benjamini-Hochberg over the chimeras",
@@ -161,10 +161,11 @@ def common_score(
     lost: dict[str, Float[np.ndarray, " prompt"]],
     choice: Choice,
     options: Options,
+    why_none: str,  # said where the choice is empty
 ) -> Estimate:
     "Of all chimeras of a choice, and its rank among patterns of random heads. Heads that work against the answer count with their signs turned."
     choice = {b: donors for b, donors in choice.items() if donors}
-    if not choice: return Estimate(nan, how="no such pair has an effect to share out")
+    if not choice: return Estimate(nan, how=why_none)
     turned = {b: np.sign(lost[b].mean()) for b in choice}
     gained, lost = {(a, b): turned[b] * g for (a, b), g in gained.items() if b in turned}, {b: turned[b] * lost[b] for b in choice}
     rngs = (np.random.default_rng([options.seed, i]) for i in range(options.n_random))
@@ -192,6 +193,17 @@ def _chimera_rows(subject: Subject, gained: dict, lost: dict, why_not: dict[str,
     return rows
 
 
+def _scores(subject: Subject, gained: dict, lost: dict, why_not: dict[str, str], options: Options) -> dict[str, Estimate]:
+    "Of all pairs whose effect can be shared out, and of those of one role."
+    nodes = {n.name: n for n in subject.heads}
+    every = {b: [a for a in nodes if a != b] for b in nodes}
+    same = {b: [a for a in donors if is_named(nodes[b].role) and nodes[a].role == nodes[b].role] for b, donors in every.items()}
+    def of(choice, nobody):
+        why = reasons({b: why_not[b] for b, donors in choice.items() if donors}) or nobody
+        return common_score(subject, gained, lost, {b: donors for b, donors in choice.items() if not why_not[b]}, options, why)
+    return {"score": of(every, ""), "same_role": of(same, "no two heads share a named role")}
+
+
 def _metadata(swaps: list[dict], chimeras: list[dict]) -> dict:
     "How many of each, how many decided, and the lens's value of pairs in different layers, which it prefers."
     cross = [r["kept"] for r in swaps if r["cross_layer"]]
@@ -215,12 +227,7 @@ def chimera_of(
     gained = {(a, b): v - (ld - lost[b]) for (a, b), v in zip(mixed, found)}
     why_not = {b: why_not_shared(d, bench) for b, d in lost.items()}
     swaps, chimeras = _swap_rows(subject, kept), _chimera_rows(subject, gained, lost, why_not)
-    decided = {b: [a for a in heads if a != b] for b in heads if not why_not[b]}
-    def alike(a, b): return is_named(heads[b].role) and heads[a].role == heads[b].role
-    same = {b: [a for a in donors if alike(a, b)] for b, donors in decided.items()}
-    estimates = {"score": common_score(subject, gained, lost, decided, options), "same_role": common_score(subject, gained, lost, same, options)}
-    if not decided: estimates = dict.fromkeys(estimates, Estimate(nan, how=reasons(why_not)))
-    elif not any(alike(a, b) for a, b in permutations(heads, 2)): estimates["same_role"] = Estimate(nan, how="no two heads share a named role")
+    estimates = _scores(subject, gained, lost, why_not, options)
     value = float(np.mean([r["kept"] for r in swaps]))
     per_prompt = subject.per_prompt(**{f"swap {a.name} {b.name}": v.tolist() for (a, b), v in zip(pairs, kept)},
                                     **{f"ablated {b}": (ld - d).tolist() for b, d in lost.items()},

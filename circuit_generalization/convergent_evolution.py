@@ -225,6 +225,6 @@ def convergent_evolution(
     used = dict(models={n: h[:12] for n, h in zip(names, hashes)},
                 circuits={f"{o.model} {o.task}": dict(name=o.circuit.name, hash=o.circuit.hash) for o in owners}, seed=options.seed,
                 n_random=max(options.n_random, _LEAST_DRAWS) if options.n_random else 0)
-    notes = tuple(note for o in owners if (note := of_other_weights(o.circuit, bridges[names.index(o.model)])))
+    notes = tuple(note for o in owners if (note := of_other_weights(o.circuit, o.model, used["models"][o.model])))
     no_passes, left_out = dict(stated=0, edited=0, whole=0), mlps_of(o.circuit for o in owners)
     return GeneticsResult(GN4, tuple(names), concluded(findings, judge_convergence), {}, no_passes, used, left_out, notes)

@@ -285,7 +285,7 @@ def what_was_used(
     options: Options,
 ) -> dict:
     "Hashes and options, for the record."
-    models = {model_name(s.model): model_hash(s.model)[:12] for s in subjects}
+    models = {model_name(m): model_hash(m)[:12] for m in {id(s.model): s.model for s in subjects}.values()}
     circuits = {f"{model_name(s.model)} {s.task}": s.given or s.circuit for s in subjects}
     return dict(models=models, circuits={key: dict(name=c.name, hash=c.hash) for key, c in circuits.items()},
                 prompts={f"{model_name(s.model)} {s.task}": prompts_hash(s.bench.prompts)[:12] for s in subjects},
@@ -317,12 +317,13 @@ def mlps_of(
 
 def of_other_weights(
     circuit: Circuit,
-    model,  # a TransformerBridge
+    model: str,  # name
+    own: str,  # the model's hash, or its beginning
 ) -> str:  # empty: it is this model's, or does not say
     "Whether the circuit says that it was found in another model."
-    found_in, own = str(circuit.provenance.get("model_hash", "")), model_hash(model)
-    if not found_in or own.startswith(found_in): return ""
-    return f"circuit {circuit.name} was found in other weights ({circuit.model or 'it does not say whose'}) than those of {model_name(model)}"
+    found_in = str(circuit.provenance.get("model_hash", ""))
+    if not found_in or found_in.startswith(own) or own.startswith(found_in): return ""
+    return f"circuit {circuit.name} was found in other weights ({circuit.model or 'it does not say whose'}) than those of {model}"
 
 
 Measure = Callable[..., tuple[Finding, int]]  # (subject, …, options) → a finding without verdict, and the passes that it states
@@ -353,5 +354,6 @@ def run_metric(
             stated += passes
     names, mlps = tuple(dict.fromkeys(model_name(s.model) for s in subjects)) or (str(model),), mlps_of(s.circuit for s in subjects)
     used, left_out = what_was_used(subjects, options), mlps if metric.heads_only else ""
-    notes = tuple(note for s in subjects if (note := of_other_weights(s.given or s.circuit, s.model)))
+    own = ((s.given or s.circuit, model_name(s.model)) for s in subjects)
+    notes = tuple(note for circuit, name in own if (note := of_other_weights(circuit, name, used["models"][name])))
     return GeneticsResult(metric, names, concluded(findings, judge), refused, passes_of(stated, counted), used, left_out, notes)

@@ -130,9 +130,8 @@ def _rescues(host: Subject, guest: Subject, options: Options) -> tuple[list[dict
     for row, p in zip(rows, benjamini_hochberg([r["p_value"] for r in rows])): row["p_adjusted"] = float(p)
     every: Choice = {a: [b for b in guests if b != a] for a in loci if not why_not[a]}
     alike = {a: [b for b in donors_of if homologous(loci[a], guests[b])] for a, donors_of in every.items()}
-    alike = {a: donors_of for a, donors_of in alike.items() if donors_of}
-    def shared(choice, why): return common_score(host, gained, lost, choice, options) if choice else Estimate(nan, how=why)
-    estimates = {f"rescue:{host.task}": shared(alike, _no_pair(host, guest, why_not)), f"any_rescue:{host.task}": shared(every, reasons(why_not))}
+    estimates = {f"rescue:{host.task}": common_score(host, gained, lost, alike, options, _no_pair(host, guest, why_not)),
+                 f"any_rescue:{host.task}": common_score(host, gained, lost, every, options, reasons(why_not))}
     numbers = {f"{b} in place of {a}": v.tolist() for (b, a), v in zip(pairs, found) if b in guests}
     return rows, estimates, numbers, (len(pairs) + len(loci)) * len(host.ld) * len(host.bench.donors)
 
