@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Bench', 'task_bench']
 
-# %% ../nbs/w08b-bench.ipynb #fe0cdabc
+# %% ../nbs/w08b-bench.ipynb #81b3f344
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -24,7 +24,7 @@ from .prompts import PromptSet
 from .tasks import find_task, make_prompts, reference_pool
 from .wording import Task
 
-# %% ../nbs/w08b-bench.ipynb #98036e95
+# %% ../nbs/w08b-bench.ipynb #07230f8f
 class Bench:
     "Prompts with what they are ablated by, ready for any mask."
 
@@ -45,12 +45,12 @@ class Bench:
         self.donors = [source.draw(d, every, clean) for d in range(ablation.n_draws)]
         self.universe = universe_mask(prompts, *self.shape, universe)
 
-    def lds(self, masks: Sequence[Mask]) -> Float[np.ndarray, "mask prompt"]:
-        "LD of each prompt with each mask replaced, mean of the draws."
-        found = []
+    def lds(self, masks: Sequence[Mask], doses: Sequence[float] | None = None) -> Float[np.ndarray, "mask prompt"]:
+        "LD of each prompt with each mask replaced (doses: by so much), mean of the draws."
+        found, doses = [], [1.0] * len(masks) if doses is None else doses
         for i in range(0, len(masks), _TOGETHER):
-            some = masks[i:i + _TOGETHER]
-            lds = ld_under(self.model, self.prompts, [Edit(mask, new) for mask in some for new in self.donors], self.run)
+            some = list(zip(masks[i:i + _TOGETHER], doses[i:i + _TOGETHER], strict=True))
+            lds = ld_under(self.model, self.prompts, [Edit(mask, new, dose=dose) for mask, dose in some for new in self.donors], self.run)
             found.append(lds.reshape(len(some), len(self.donors), -1).mean(1))
         return np.concatenate(found) if found else np.zeros((0, len(self.prompts)))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stem', 'rotated', 'attended', 'CleanRun', 'prompts_at_once', 'cone_logits', 'no_cone', 'cone_flops']
 
-# %% ../nbs/w05d-causal-cone.ipynb #a08295a0
+# %% ../nbs/w05d-causal-cone.ipynb #233a0666
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .models import check_tokens, final_logits
 from .passes import count, uncounted
 
-# %% ../nbs/w05d-causal-cone.ipynb #e65a3dca
+# %% ../nbs/w05d-causal-cone.ipynb #110bdc06
 _GELU = {"NewGELUActivation": "tanh", "FastGELUActivation": "tanh", "GELUTanh": "tanh", "PytorchGELUTanh": "tanh", "GELUActivation": "none"}
 
 
@@ -133,7 +133,7 @@ def attended(
     pattern = torch.softmax((q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).add_(hidden), -1)
     return (pattern @ v.transpose(1, 2)).transpose(1, 2)
 
-# %% ../nbs/w05d-causal-cone.ipynb #08655158
+# %% ../nbs/w05d-causal-cone.ipynb #fccbe0e7
 @dataclass
 class _Kept:
     "What one pass leaves behind, layer by layer."
@@ -292,7 +292,7 @@ def prompts_at_once(
     each = width * cfg.n_layers * (2 * cfg.d_model + 3 * cfg.n_heads * cfg.d_head) * next(model.parameters()).element_size()
     return max(1, _KEPT // each)
 
-# %% ../nbs/w05d-causal-cone.ipynb #0e23160c
+# %% ../nbs/w05d-causal-cone.ipynb #dfb8fe1e
 @dataclass(frozen=True)
 class _Edits:
     "Edits, stacked; positions as given, right-padded."
@@ -303,6 +303,7 @@ class _Edits:
     added: Float[Tensor, "addition prompt pos d_model"] | None  # None: no edit adds anything
     adding: Bool[Tensor, "edit layer"]  # where an edit adds
     addition: Int[Tensor, " edit"]  # what
+    dose: Float[Tensor, " edit"] | None = None  # how much is replaced; None: all of it, by every edit
 
     @classmethod
     def of(cls, edits: Sequence, width: int, device) -> "_Edits":
@@ -313,7 +314,9 @@ class _Edits:
         adding, addition = torch.zeros(len(edits), heads.shape[3], dtype=torch.bool, device=device), torch.zeros_like(which)
         for number, (i, one) in enumerate(additions): adding[i, one.layer], addition[i] = True, number
         added = stack([one.values for _, one in additions]) if additions else None
-        return cls(heads, stack([e.mask.mlps for e in edits]), list(each.values()), which, added, adding, addition)
+        doses = [float(getattr(e, "dose", 1)) for e in edits]
+        dose = None if all(d == 1 for d in doses) else torch.tensor(doses, device=device)
+        return cls(heads, stack([e.mask.mlps for e in edits]), list(each.values()), which, added, adding, addition, dose)
 
 
 @dataclass(frozen=True)
@@ -340,6 +343,7 @@ class _Rows:
             if not len(own): continue
             said = getattr(source, what)  # perhaps on another device
             new = said[prompt[own][:, None].to(said.device), pos[own].to(said.device), layer].to(value)
+            if self.edits.dose is not None: new = torch.lerp(target[own], new, self.edits.dose[edit[own]].to(value).view(-1, *[1] * (new.ndim - 1)))
             target = torch.where(mask, new, target) if len(own) == len(here) else target.index_copy(0, own, torch.where(mask[own], new, target[own]))
         if len(here) == len(value): return target
         return torch.cat([value[:low], target, value[high:]]) if high - low == len(here) else value.index_copy(0, here, target)
@@ -352,7 +356,7 @@ class _Rows:
         new = self.edits.added[self.edits.addition[edit][:, None], prompt[:, None], pos].to(value)
         return torch.zeros_like(value).index_copy(0, here, new)
 
-# %% ../nbs/w05d-causal-cone.ipynb #6fefa8ca
+# %% ../nbs/w05d-causal-cone.ipynb #ca2dbbba
 def _taken(
     kept: Float[Tensor, "prompt pos *size"],
     prompt: Int[Tensor, " row"],
@@ -434,7 +438,7 @@ def _first(
     order = torch.argsort(~wanted, dim=1, stable=True)[:, :size]
     return torch.where(wanted.gather(1, order), order, wanted.shape[1] - 1)
 
-# %% ../nbs/w05d-causal-cone.ipynb #1c35ac17
+# %% ../nbs/w05d-causal-cone.ipynb #e3f198cf
 @dataclass(frozen=True)
 class _Reach:
     "What some edits can change, if they depart from a given run."
@@ -459,8 +463,9 @@ class _Reach:
 
 def _departures(edits: _Edits) -> dict[tuple[int, bool] | None, Int[Tensor, " edit"]]:
     "Edits by the run that they depart from: the clean one, or the one with everything replaced by theirs."
-    keys = [(int(which), bool(mlps.float().mean() > 0.5)) if heads.float().mean() > 0.5 else None
-            for which, heads, mlps in zip(edits.which, edits.heads, edits.mlps, strict=True)]
+    wholly = torch.ones(len(edits.which)) if edits.dose is None else edits.dose
+    keys = [(int(which), bool(mlps.float().mean() > 0.5)) if heads.float().mean() > 0.5 and dose == 1 else None
+            for which, heads, mlps, dose in zip(edits.which, edits.heads, edits.mlps, wholly, strict=True)]
     return {key: torch.tensor([i for i, k in enumerate(keys) if k == key], device=edits.which.device) for key in dict.fromkeys(keys)}
 
 
@@ -514,7 +519,7 @@ def _hooked(model) -> bool:
     "Does anybody listen, or change something, in this model? (The bridge's own blocks hang pre-hooks before their norms, which change nothing.)"
     return any(m._forward_hooks for m in model.modules())
 
-# %% ../nbs/w05d-causal-cone.ipynb #ba79ffee
+# %% ../nbs/w05d-causal-cone.ipynb #a013624d
 @dataclass(frozen=True)
 class _Trial:
     "The edit that both engines are tried with."

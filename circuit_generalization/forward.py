@@ -6,7 +6,7 @@
 __all__ = ['INPUTS', 'Addition', 'Edit', 'hooks_of', 'run_with_hooks', 'engine_of', 'clean_run', 'run_edits', 'PathEdit',
            'check_path', 'path_patch_with_hooks']
 
-# %% ../nbs/w05b-forward.ipynb #61ef702e
+# %% ../nbs/w05b-forward.ipynb #0d6731b5
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from .errors import InputError
 from .models import final_logits
 from .passes import count
 
-# %% ../nbs/w05b-forward.ipynb #65c232cd
+# %% ../nbs/w05b-forward.ipynb #70c7aa3b
 @dataclass(frozen=True)
 class Addition:
     "Something more that the heads of a layer write, together, into the stream."
@@ -33,11 +33,14 @@ class Edit:
     mask: Mask
     replacement: Activations
     added: Addition | None = None  # None: nothing
+    dose: float = 1.0  # how much is replaced: (1 - dose) of what is there stays, whatever earlier edits have made of it
 
-# %% ../nbs/w05b-forward.ipynb #b83c102e
+# %% ../nbs/w05b-forward.ipynb #420aba7d
 def hooks_of(edit: Edit) -> list[tuple]:
     "(hook name, function) pairs of one edit."
-    def swap(mask, new): return lambda value, hook: torch.where(mask.to(value.device), new.to(value.device, value.dtype), value)
+    def mixed(value, new): return new if edit.dose == 1 else torch.lerp(value, new, edit.dose)
+    def swap(mask, new):
+        return lambda value, hook: torch.where(mask.to(value.device), mixed(value, new.to(value.device, value.dtype)), value)
 
     hooks = []
     for layer in range(edit.mask.heads.shape[2]):
@@ -49,7 +52,7 @@ def hooks_of(edit: Edit) -> list[tuple]:
         hooks.append((f"blocks.{edit.added.layer}.hook_attn_out", lambda value, hook: value + edit.added.values.to(value)))
     return hooks
 
-# %% ../nbs/w05b-forward.ipynb #7e384c26
+# %% ../nbs/w05b-forward.ipynb #c8b15952
 def run_with_hooks(
     model,  # a TransformerBridge
     tokens: Int[Tensor, "prompt pos"],  # right-padded token ids
@@ -62,7 +65,7 @@ def run_with_hooks(
     with torch.no_grad():
         return torch.stack([final_logits(model, tokens, lengths, hooks_of(e), token_ids) for e in edits])
 
-# %% ../nbs/w05b-forward.ipynb #81df17fd
+# %% ../nbs/w05b-forward.ipynb #63628383
 def engine_of(
     model,  # a TransformerBridge
 ) -> str:  # 'cone' or 'hooks'
@@ -99,9 +102,9 @@ def _cut(edits: list[Edit], some: Int[Tensor, " chosen"]) -> list[Edit]:
     "The edits on some of the prompts; those that share a replacement still do."
     cut = {id(e.replacement): e.replacement[some] for e in edits}
     def less(added): return added and Addition(added.layer, added.values[some])
-    return [Edit(e.mask[some], cut[id(e.replacement)], less(e.added)) for e in edits]
+    return [Edit(e.mask[some], cut[id(e.replacement)], less(e.added), e.dose) for e in edits]
 
-# %% ../nbs/w05b-forward.ipynb #cc459296
+# %% ../nbs/w05b-forward.ipynb #915f1f1a
 INPUTS = ("q", "k", "v")  # of a head
 
 
@@ -147,7 +150,7 @@ def _hold_others(path: PathEdit, clean: Activations, hold_mlps: bool) -> list[tu
     mlp = [(f"blocks.{layer}.hook_mlp_out", lambda value, hook, layer=layer: clean.mlp[:, :, layer]) for layer in range(n_layers)]
     return hooks + (mlp if hold_mlps else [])
 
-# %% ../nbs/w05b-forward.ipynb #9f8ae884
+# %% ../nbs/w05b-forward.ipynb #8152232d
 def path_patch_with_hooks(
     model,  # a TransformerBridge
     tokens: Int[Tensor, "prompt pos"],  # right-padded token ids

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,6 +84,32 @@ def test_what_is_added_to_the_heads_is_added_once_and_where_it_is_said(models, n
     edit = Edit(edits[0].mask, edits[0].replacement, Addition(model.cfg.n_layers - 1, last))
     assert torch.allclose(run_edits(model, tokens, lengths, [edit]), run_with_hooks(model, tokens, lengths, [edit]), atol=1e-4)
     assert not torch.allclose(run_edits(model, tokens, lengths, [edit])[0, 1], own[1], atol=1e-3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(list(FAMILIES)), st.integers(0, 10**6), st.lists(st.integers(1, 9), min_size=1, max_size=4),
+       st.lists(st.tuples(st.sampled_from([0.1, 0.5, 1]), st.sampled_from([0, 0.1, 0.7, 1, 1.5])), min_size=1, max_size=6))
+def test_doses_of_the_cone_are_those_of_hooks(models, name, seed, lengths, given_doses):
+    tokens, lengths, edits = draw(seed, models[name], lengths, [share for share, _ in given_doses])
+    edits = [replace(e, dose=dose) for e, (_, dose) in zip(edits, given_doses)]
+    assert worst(models[name], tokens, lengths, edits) <= 1e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_dose_is_taken_of_what_earlier_doses_left(models, name):
+    model, (tokens, lengths, edits) = models[name], draw(3, models[name], [7, 7], [1.0])
+    clean, new, n_layers = capture(model, tokens), edits[0].replacement, model.cfg.n_layers
+    def only(layers):
+        heads = torch.zeros_like(edits[0].mask.heads)
+        heads[:, :, layers] = True
+        return Mask(heads, torch.zeros_like(edits[0].mask.mlps))
+    def logits(mask, z, dose=1.0): return run_edits(model, tokens, lengths, [Edit(mask, Activations(z), dose=dose)])[0]
+    half = torch.lerp(clean.z, new.z, 0.5)
+    for layer in range(n_layers): assert torch.allclose(logits(only([layer]), new.z, 0.5), logits(only([layer]), half), atol=1e-4)
+    every = list(range(n_layers))
+    assert torch.allclose(logits(only(every), new.z, 0.5), logits(only(every), half), atol=1e-3) == (n_layers == 1)
+    assert torch.equal(logits(only(every), new.z, 1.0), logits(only(every), new.z))
+    assert torch.allclose(logits(only(every), new.z, 0.0), final_logits(model, tokens, lengths), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
