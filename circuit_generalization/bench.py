@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Bench', 'task_bench']
 
-# %% ../nbs/w08b-bench.ipynb #81b3f344
+# %% ../nbs/w08b-bench.ipynb #2442fe76
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -17,14 +18,15 @@ from .ablation import Ablation, Mask, Replacements, capture, circuit_mask, unive
 from .circuit import Circuit
 from .circuit_scorer import ld_under
 from .errors import InputError
-from .forward import CleanRun, Edit, clean_run
-from .metrics import LEAST_RIGHT, check_right
+from .forward import CleanRun, Edit, PathEdit, clean_run, run_edits
+from .metrics import LEAST_RIGHT, answer_probability, check_right, logit_difference, wanted_tokens
 from .models import model_name
 from .prompts import PromptSet
 from .tasks import find_task, make_prompts, reference_pool
+from .views import path_patch
 from .wording import Task
 
-# %% ../nbs/w08b-bench.ipynb #07230f8f
+# %% ../nbs/w08b-bench.ipynb #7e27cc14
 class Bench:
     "Prompts with what they are ablated by, ready for any mask."
 
@@ -50,15 +52,31 @@ class Bench:
         found, doses = [], [1.0] * len(masks) if doses is None else doses
         for i in range(0, len(masks), _TOGETHER):
             some = list(zip(masks[i:i + _TOGETHER], doses[i:i + _TOGETHER], strict=True))
-            lds = ld_under(self.model, self.prompts, [Edit(mask, new, dose=dose) for mask, dose in some for new in self.donors], self.run)
+            lds = self.lds_under([Edit(mask, new, dose=dose) for mask, dose in some for new in self.donors])
             found.append(lds.reshape(len(some), len(self.donors), -1).mean(1))
         return np.concatenate(found) if found else np.zeros((0, len(self.prompts)))
+
+    def lds_under(self, edits: Sequence[Edit]) -> Float[np.ndarray, "edit prompt"]:
+        "LD of each prompt under each edit."
+        return ld_under(self.model, self.prompts, list(edits), self.run) if len(edits) else np.zeros((0, len(self.prompts)))
 
     def ld(self, mask: Mask) -> Float[np.ndarray, " prompt"]: return self.lds([mask])[0]
 
     def with_model(self, model) -> "Bench":
         "The same for another model that reads the same tokens, such as another point of its training."
         return Bench(model, self.prompts, self.reference, self.ablation, self.universe_name, self.seed)
+
+    def with_ablation(self, ablation: Ablation) -> "Bench":
+        "The same prompts, ablated by something else."
+        pool = self.reference
+        if ablation.needs_reference and pool is None: pool = reference_pool(self.prompts, self.model.tokenizer, seed=self.seed)
+        return Bench(self.model, self.prompts, pool, ablation, self.universe_name, self.seed)
+
+    def exchanged(self) -> "Bench":
+        "The model reads the counterfactual prompts, and what a mask marks is as on the clean ones. Answers stay those of the clean prompts."
+        if self.prompts.counterfactual is None: raise InputError("these prompts have no counterfactuals to exchange them with")
+        swapped = replace(self.prompts, tokens=self.prompts.counterfactual, counterfactual=self.prompts.tokens)
+        return Bench(self.model, swapped, None, Ablation("counterfactual"), self.universe_name, self.seed)
 
     @property
     def task(self) -> Task: return find_task(self.prompts.labels.task.iloc[0])
@@ -77,6 +95,22 @@ class Bench:
 
     def lacking(self, circuit: Circuit) -> Float[np.ndarray, " prompt"]: return self.ld(self.universe & self.mask(circuit))
 
+    def path_lds(self, paths: Sequence[PathEdit], hold_mlps: bool = False) -> Float[np.ndarray, "path prompt"]:
+        "LD of each prompt when only what a sender tells a receiver is changed."
+        ids, *columns = wanted_tokens(self.prompts.answers, self.prompts.distractors)
+        logits = path_patch(self.model, self.prompts.tokens, self.prompts.lengths, paths, hold_mlps, ids, self.run)
+        return logit_difference(logits.cpu().double(), *columns).numpy()
+
+    def behaviour(self, masks: Sequence[Mask]) -> tuple[Float[np.ndarray, "mask prompt"], Float[np.ndarray, "mask prompt"]]:
+        "With each mask replaced: in how many draws an answer is the likeliest of all tokens, and the answers' probability. Means of the draws."
+        first, probability = [], []
+        for mask in masks:
+            edits = [Edit(mask, new) for new in self.donors]
+            logits = run_edits(self.model, self.prompts.tokens, self.prompts.lengths, edits, clean=self.run).double()
+            first.append((logits.argmax(-1)[..., None] == self.prompts.answers.to(logits.device)).any(-1).double().mean(0))
+            probability.append(answer_probability(logits, self.prompts.answers).mean(0))
+        return tuple(torch.stack(x).cpu().numpy() for x in (first, probability))
+
     @cached_property
     def model_ld(self) -> Float[np.ndarray, " prompt"]:
         return ld_under(self.model, self.prompts, [Edit(self.universe & ~self.universe, self.donors[0])], self.run)[0]
@@ -90,7 +124,7 @@ class Bench:
 
 _TOGETHER = 64  # masks in one call of the engine
 
-# %% ../nbs/w08b-bench.ipynb #913f1a20
+# %% ../nbs/w08b-bench.ipynb #e610d553
 def task_bench(
     model,  # a TransformerBridge with a tokenizer
     task: str = "ioi",
@@ -100,12 +134,14 @@ def task_bench(
     split: str = "scored",  # whose names: 'scored', 'discovery' or 'calibration'
     universe: str = "heads",
     least_right: float = LEAST_RIGHT,  # share of the prompts; 0: any
+    variant: str = "base",  # of the prompts, on any axis
 ) -> Bench:
-    "A bench on base prompts of a task; donors have other names. Raises `InputError`, and `ModelFails` where the model fails the task."
+    "A bench on prompts of a task; donors have other names. Raises `InputError`, and `ModelFails` where the model fails the task."
     if model.tokenizer is None:
         raise InputError(f"model {model_name(model)!r} has no tokenizer, and prompts are text: add tokenizer.json to its folder")
-    prompts = make_prompts(task, n=n_prompts, seed=seed, tokenizer=model.tokenizer, split=split)
+    axis = find_task(task).data["variants"].get(variant, {}).get("axis", "base")
+    prompts = make_prompts(task, axis, variant, n=n_prompts, seed=seed, tokenizer=model.tokenizer, split=split)
     pool = reference_pool(prompts, model.tokenizer, seed=seed) if ablation.needs_reference else None
     bench = Bench(model, prompts, pool, ablation, universe, seed)
-    check_right(bench.model_ld, f"{model_name(model)} on base prompts of {task}", least_right)
+    check_right(bench.model_ld, f"{model_name(model)} on {variant} prompts of {task}", least_right)
     return bench

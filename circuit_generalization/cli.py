@@ -16,6 +16,7 @@ from pathlib import Path
 from . import __version__
 from .errors import InputError
 from .genetics_commands import GENETICS
+from .protocol_commands import PROTOCOL
 from .terminal import Command, Parser, check_device, check_file, check_folder, check_model, print_table, progress_bar, whole
 
 # %% ../nbs/w09c-command-line.ipynb #92a1e28f
@@ -302,6 +303,7 @@ COMMANDS = {
     "discover": Command("find the circuit that a model uses for a task", run_discover, _discover_options, """
   circuit-gen discover --model organism-a --task ioi --out organism-a-ioi.json"""),
     **GENETICS,
+    **PROTOCOL,
     "train-organism": Command("train one of the embedded models again", run_train, _train_options, """
   circuit-gen train-organism organism-a --seed 0 --out organism-a""", "give the same command to go on from there"),
 }

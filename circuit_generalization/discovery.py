@@ -25,9 +25,8 @@ from .bench import Bench, task_bench
 from .circuit import UNNAMED, Circuit, Component, role_components, without
 from .errors import InputError
 from .forward import PathEdit
-from .metrics import bounded_score, incompleteness, logit_difference, necessity, sufficiency, wanted_tokens
+from .metrics import bounded_score, incompleteness, necessity, sufficiency
 from .models import as_bridge, model_hash, model_name
-from .views import path_patch
 
 # %% ../nbs/w07d-discovery.ipynb #2ab942fb
 Pair = tuple[str, str | None]  # a component, and the role position where it acts; None: everywhere
@@ -156,14 +155,12 @@ def path_effect(
 ) -> Float[np.ndarray, " receiver"]:  # drop of LD over the scale, mean of prompts and draws
     "How much of the sender's effect goes to each receiver alone, MLPs between them included."
     if not receivers: return np.zeros(0)
-    c, some = Component.parse(sender[0]), bench.prompts
+    c = Component.parse(sender[0])
     def end(r): return r if r == "logits" else (Component.parse(r[0]).layer, Component.parse(r[0]).head, r[2])
     def where(r): return None if r == "logits" else _marks(bench, *r[:2])
     said = [new.z[:, :, c.layer, c.head] for new in bench.donors[:n_draws]]
     paths = [PathEdit((c.layer, c.head), end(r), new, _marks(bench, *sender), where(r)) for r in receivers for new in said]
-    ids, *columns = wanted_tokens(some.answers, some.distractors)
-    ld = logit_difference(path_patch(bench.model, some.tokens, some.lengths, paths, token_ids=ids, clean=bench.run).cpu().double(), *columns).numpy()
-    return (bench.model_ld - ld).reshape(len(receivers), -1).mean(1) / bench.scale
+    return (bench.model_ld - bench.path_lds(paths)).reshape(len(receivers), -1).mean(1) / bench.scale
 
 
 def _marks(bench: Bench, component: str, position: str) -> Bool[Tensor, "prompt pos"]:

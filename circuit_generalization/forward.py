@@ -150,7 +150,7 @@ def _hold_others(path: PathEdit, clean: Activations, hold_mlps: bool) -> list[tu
     mlp = [(f"blocks.{layer}.hook_mlp_out", lambda value, hook, layer=layer: clean.mlp[:, :, layer]) for layer in range(n_layers)]
     return hooks + (mlp if hold_mlps else [])
 
-# %% ../nbs/w05b-forward.ipynb #8152232d
+# %% ../nbs/w05b-forward.ipynb #43554335
 def path_patch_with_hooks(
     model,  # a TransformerBridge
     tokens: Int[Tensor, "prompt pos"],  # right-padded token ids
@@ -162,6 +162,7 @@ def path_patch_with_hooks(
 ) -> Float[Tensor, "prompt token"]:
     "Final logits when only what the sender tells the receiver is changed: the oracle, two passes. Raises `InputError` for ends that are none."
     check_path(model, path)
+    count(edited=len(tokens))
     if hold_mlps and clean.mlp is None: raise InputError("to hold the MLPs, capture them: capture(model, tokens, 'heads+mlps')")
     first = _hold_others(path, clean, hold_mlps)
     with torch.no_grad():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST_RIGHT', 'Numbers', 'ZERO', 'VERDICTS', 'THRESHOLDS', 'logit_difference', 'wanted_tokens',
-           'probability_difference', 'accuracy_of', 'ModelFails', 'check_right', 'kl_divergence', 'sufficiency',
-           'necessity', 'bounded_score', 'effect_scale', 'gap', 'sign_agrees', 'ratio_of_means', 'mean_of_ratios',
-           'incompleteness', 'Thresholds', 'least_effect', 'verdict', 'verdicts']
+           'probability_difference', 'answer_probability', 'accuracy_of', 'ModelFails', 'check_right', 'kl_divergence',
+           'sufficiency', 'necessity', 'bounded_score', 'effect_scale', 'gap', 'sign_agrees', 'ratio_of_means',
+           'mean_of_ratios', 'incompleteness', 'Thresholds', 'least_effect', 'verdict', 'verdicts']
 
 # %% ../nbs/w06-metrics.ipynb #c6502963
 from collections.abc import Iterator
@@ -88,18 +88,23 @@ def wanted_tokens(
 
     return ids, columns(answers), columns(distractors)
 
-# %% ../nbs/w06-metrics.ipynb #671f7380
+# %% ../nbs/w06-metrics.ipynb #56b49b03
 def probability_difference(
     logits: Float[Tensor, "*batch prompt vocab"],  # the whole vocabulary, last real position
     answers: Int[Tensor, "prompt answer"],  # token ids, right-padded with -1
     distractors: Int[Tensor, "prompt distractor"],  # token ids, right-padded with -1
 ) -> Float[Tensor, "*batch prompt"]:  # between -1 and 1
     "P(answers) - P(distractors), the greater-than metric of Hanna et al. (2023). Bad ids raise `InputError`."
-    probabilities = logits.softmax(-1)
-    answers = _checked_ids(answers, *logits.shape[-2:], "answers")
-    distractors = _checked_ids(distractors, *logits.shape[-2:], "distractors")
-    return (_gather_padded(probabilities, answers, 0.0).sum(-1)
-            - _gather_padded(probabilities, distractors, 0.0).sum(-1))
+    return answer_probability(logits, answers) - answer_probability(logits, distractors, "distractors")
+
+
+def answer_probability(
+    logits: Float[Tensor, "*batch prompt vocab"],  # the whole vocabulary, last real position
+    answers: Int[Tensor, "prompt answer"],  # token ids, right-padded with -1
+    what: str = "answers",  # named in errors
+) -> Float[Tensor, "*batch prompt"]:  # between 0 and 1
+    "Probability of all answers together. Bad ids raise `InputError`."
+    return _gather_padded(logits.softmax(-1), _checked_ids(answers, *logits.shape[-2:], what), 0.0).sum(-1)
 
 
 def accuracy_of(

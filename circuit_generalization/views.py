@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['path_logits', 'path_patch', 'edge_logits']
 
-# %% ../nbs/w05e-views-in-the-cone.ipynb #3201c361
+# %% ../nbs/w05e-views-in-the-cone.ipynb #31467cd6
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from .edges import check_edges, edge_logits_with_hooks, head_views, listed_mask,
 from .errors import InputError
 from .forward import INPUTS, Edit, PathEdit, check_path, path_patch_with_hooks
 from .models import check_tokens
+from .passes import count
 from .prompts import PromptSet
 
 # %% ../nbs/w05e-views-in-the-cone.ipynb #f4c8dcb8
@@ -35,7 +36,7 @@ def _heads_say(
     if run.cos is not None: q, k = rotated(q, run.cos[:, some], run.sin[:, some]), rotated(k, run.cos, run.sin)
     return attended(q * (run.layers[layer].scale or run.shape[-1] ** -0.5), k, v, run.hidden[:, :, some])
 
-# %% ../nbs/w05e-views-in-the-cone.ipynb #6cb2e391
+# %% ../nbs/w05e-views-in-the-cone.ipynb #a476c831
 @dataclass(frozen=True)
 class _Carried:
     "Changed rows of the stream, on their way."
@@ -74,7 +75,7 @@ def _carry(run: CleanRun, paths: Sequence[PathEdit], hold_mlps: bool) -> _Carrie
             stream[some], _ = run.write(block, before, z, (lambda x: held) if hold_mlps else None)  # noqa: B023
     return _Carried(path, prompt, column, stream)
 
-# %% ../nbs/w05e-views-in-the-cone.ipynb #e0c32e2f
+# %% ../nbs/w05e-views-in-the-cone.ipynb #58b69bd8
 def _receiver_edit(run: CleanRun, path: PathEdit, told: _Carried, own: Int[Tensor, " row"]) -> Edit:
     "What the receiving head says when some of its inputs are made from the carried rows."
     layer, head, which = path.receiver
@@ -105,6 +106,7 @@ def path_logits(
 ) -> Float[Tensor, "path prompt token"]:
     "Logits at the last real position, for every path, when only what its sender tells its receiver is changed."
     def some_logits(some):
+        count(edited=sum(p.receiver == "logits" for p in some) * len(run.stream))  # the others are counted by the cone
         told = _carry(run, some, hold_mlps)
         own = [(told.path == i).nonzero()[:, 0] for i in range(len(some))]
         direct, to_heads = ([i for i, p in enumerate(some) if (p.receiver == "logits") == ends] for ends in (True, False))
@@ -116,7 +118,7 @@ def path_logits(
 
     with torch.no_grad(): return torch.cat([some_logits(paths[i:i + _TOGETHER]) for i in range(0, len(paths), _TOGETHER)])
 
-# %% ../nbs/w05e-views-in-the-cone.ipynb #fc77ef67
+# %% ../nbs/w05e-views-in-the-cone.ipynb #1fe027f5
 def path_patch(
     model,  # a TransformerBridge
     tokens: Int[Tensor, "prompt pos"],  # right-padded token ids
