@@ -292,7 +292,7 @@ def prompts_at_once(
     each = width * cfg.n_layers * (2 * cfg.d_model + 3 * cfg.n_heads * cfg.d_head) * next(model.parameters()).element_size()
     return max(1, _KEPT // each)
 
-# %% ../nbs/w05d-causal-cone.ipynb #dfb8fe1e
+# %% ../nbs/w05d-causal-cone.ipynb #af8c5cb6
 @dataclass(frozen=True)
 class _Edits:
     "Edits, stacked; positions as given, right-padded."
@@ -304,6 +304,7 @@ class _Edits:
     adding: Bool[Tensor, "edit layer"]  # where an edit adds
     addition: Int[Tensor, " edit"]  # what
     dose: Float[Tensor, " edit"] | None = None  # how much is replaced; None: all of it, by every edit
+    adds: Bool[Tensor, " edit"] | None = None  # which add to what is there; None: none
 
     @classmethod
     def of(cls, edits: Sequence, width: int, device) -> "_Edits":
@@ -316,7 +317,9 @@ class _Edits:
         added = stack([one.values for _, one in additions]) if additions else None
         doses = [float(getattr(e, "dose", 1)) for e in edits]
         dose = None if all(d == 1 for d in doses) else torch.tensor(doses, device=device)
-        return cls(heads, stack([e.mask.mlps for e in edits]), list(each.values()), which, added, adding, addition, dose)
+        adds = torch.tensor([bool(getattr(e, "adds", False)) for e in edits], device=device)
+        adds = adds if adds.any() else None
+        return cls(heads, stack([e.mask.mlps for e in edits]), list(each.values()), which, added, adding, addition, dose, adds)
 
 
 @dataclass(frozen=True)
@@ -343,6 +346,8 @@ class _Rows:
             if not len(own): continue
             said = getattr(source, what)  # perhaps on another device
             new = said[prompt[own][:, None].to(said.device), pos[own].to(said.device), layer].to(value)
+            if self.edits.adds is not None:
+                new = torch.where(self.edits.adds[edit[own]].view(-1, *[1] * (new.ndim - 1)), target[own] + new, new)
             if self.edits.dose is not None: new = torch.lerp(target[own], new, self.edits.dose[edit[own]].to(value).view(-1, *[1] * (new.ndim - 1)))
             target = torch.where(mask, new, target) if len(own) == len(here) else target.index_copy(0, own, torch.where(mask[own], new, target[own]))
         if len(here) == len(value): return target
@@ -438,7 +443,7 @@ def _first(
     order = torch.argsort(~wanted, dim=1, stable=True)[:, :size]
     return torch.where(wanted.gather(1, order), order, wanted.shape[1] - 1)
 
-# %% ../nbs/w05d-causal-cone.ipynb #e3f198cf
+# %% ../nbs/w05d-causal-cone.ipynb #9b7bae76
 @dataclass(frozen=True)
 class _Reach:
     "What some edits can change, if they depart from a given run."
@@ -463,9 +468,11 @@ class _Reach:
 
 def _departures(edits: _Edits) -> dict[tuple[int, bool] | None, Int[Tensor, " edit"]]:
     "Edits by the run that they depart from: the clean one, or the one with everything replaced by theirs."
-    wholly = torch.ones(len(edits.which)) if edits.dose is None else edits.dose
-    keys = [(int(which), bool(mlps.float().mean() > 0.5)) if heads.float().mean() > 0.5 and dose == 1 else None
-            for which, heads, mlps, dose in zip(edits.which, edits.heads, edits.mlps, wholly, strict=True)]
+    wholly = torch.ones(len(edits.which), dtype=torch.bool, device=edits.which.device)
+    if edits.dose is not None: wholly &= edits.dose == 1
+    if edits.adds is not None: wholly &= ~edits.adds
+    keys = [(int(which), bool(mlps.float().mean() > 0.5)) if heads.float().mean() > 0.5 and whole else None
+            for which, heads, mlps, whole in zip(edits.which, edits.heads, edits.mlps, wholly, strict=True)]
     return {key: torch.tensor([i for i, k in enumerate(keys) if k == key], device=edits.which.device) for key in dict.fromkeys(keys)}
 
 

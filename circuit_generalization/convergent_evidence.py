@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .errors import InputError
 
-# %% ../nbs/w13a-convergent-evidence.ipynb #1ec00cb1
+# %% ../nbs/w13a-convergent-evidence.ipynb #ada0104e
 class Rule(NamedTuple):
     "A pattern over results."
     name: str
@@ -24,11 +24,11 @@ def _passes(*verdicts: str) -> bool: return all(v.startswith("passes") for v in 
 
 
 RULES = (
-    Rule("necessary but not reversible", ("MB_KH", "MB_RE"), lambda v: not v["MB_KH"].startswith(("fails", "not"))
+    Rule("necessary but not reversible", ("MB_KH", "MB_RE"), lambda v: v["MB_KH"].startswith(("passes", "partial: necessary"))
          and v["MB_RE"].startswith("fails"),
          "the circuit is needed, but its deficit is not specifically reversible: cascading disruption is likely"),
-    Rule("reversible but dispensable in part", ("MB_KH", "MB_RE"), lambda v: v["MB_KH"].startswith("partial")
-         and "specifically reversible" in v["MB_RE"] and not v["MB_RE"].startswith("fails"),
+    Rule("reversible but dispensable in part", ("MB_KH", "MB_RE"), lambda v: v["MB_KH"].startswith("partial: necessary only")
+         and "reversible" in v["MB_RE"] and not v["MB_RE"].startswith("fails"),
          "rescue works, but a partial knock-down is harmless: graded redundancy"),
     Rule("shared computation", ("GN1", "GN4"), lambda v: v["GN1"].startswith("conserved") and v["GN4"].startswith(("homology", "convergence")),
          "the circuits share heads or layout beyond chance, and one's heads do the other's work: a shared motif"),
@@ -43,34 +43,48 @@ RULES = (
 
 def verdicts_in(
     data: Mapping,  # of `GeneticsResult.to_dict` or `ProtocolResult.to_dict`
-) -> list[tuple[str, str, str, str]]:  # model, task, code, verdict
+) -> list[tuple[str, str, str, str, tuple[str, ...]]]:  # model, task, code, verdict, tasks (of a comparison of models, the models too)
     "What a result says of each task; of a pair of tasks, both get it. Raises `InputError` for what is none."
     if not isinstance(data, Mapping): raise InputError("not a result: pass what `circuit-gen` wrote with --out FILE.json")
-    if "protocol" in data: return [(v["model"], v["task"], data["protocol"], v["verdict"]) for v in data["verdicts"]]
-    if not {"metric", "findings", "models"} <= set(data):
-        raise InputError("neither a metric's nor a protocol's result: pass what `circuit-gen` wrote with --out FILE.json")
-    return [(model, task, data["metric"], f["verdict"]) for f in data["findings"] for model in f["metadata"].get("models", data["models"])
-            for task in f["tasks"]]
+    try:
+        if "protocol" in data: return [(v["model"], v["task"], _known(data["protocol"]), str(v["verdict"]), (v["task"],)) for v in data["verdicts"]]
+        return [(model, task, _known(data["metric"]), str(f["verdict"]), _about(f)) for f in data["findings"]
+                for model in f["metadata"].get("models", data["models"]) for task in f["tasks"]]
+    except (KeyError, TypeError, AttributeError):
+        raise InputError("neither a metric's nor a protocol's result: pass what `circuit-gen` wrote with --out FILE.json") from None
+
+
+def _about(finding: Mapping) -> tuple[str, ...]:
+    models = finding["metadata"].get("models", [])
+    return (*finding["tasks"], *(models if len(set(models)) > 1 else ()))
+
+
+def _known(code: str) -> str:
+    if code in {"GN1", "GN2", "GN3", "GN4", "GN5", "MB_KH", "MB_RE", "MB_MR", "MB_DR"}: return code
+    raise KeyError(code)
 
 
 def convergent_evidence(
     results: Sequence[Mapping],  # of `to_dict`, of any metrics and protocols
 ) -> list[dict]:  # model, task, rule, needs, verdicts, holds (None: not decidable), says
-    "Every rule for every task of every model. Where a task is in several pairs, a rule holds if it does for one of them."
-    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    "Every rule for every task of every model; where two metrics compare tasks, for every pair. Raises `InputError` for two results of one kind."
+    found: dict[tuple[str, str], dict[str, dict]] = {}
     for data in results:
-        for model, task, code, verdict in verdicts_in(data): found.setdefault((model, task), {}).setdefault(code, []).append(verdict)
+        for model, task, code, verdict, about in verdicts_in(data):
+            of_code = found.setdefault((model, task), {}).setdefault(code, {})
+            if about in of_code: raise InputError(f"two results of {code} for {' and '.join(about)} in {model}: give one")
+            of_code[about] = verdict
     return [_applied(rule, model, task, of_task) for (model, task), of_task in found.items() for rule in RULES]
 
 
-def _applied(rule: Rule, model: str, task: str, found: Mapping[str, list[str]]) -> dict:
+def _applied(rule: Rule, model: str, task: str, found: Mapping[str, dict]) -> dict:
     missing = [code for code in rule.needs if code not in found]
-    verdicts = {code: found.get(code, []) for code in rule.needs}
+    verdicts = {code: list(found.get(code, {}).values()) for code in rule.needs}
     row = dict(model=model, task=task, rule=rule.name, needs=list(rule.needs), verdicts=verdicts)
     if missing: return row | dict(holds=None, says=f"not decidable: there is no result of {' and '.join(missing)}")
     first, second = rule.needs
-    pairs = [{first: a, second: b} for a in found[first] for b in found[second]]
+    pairs = [{first: a, second: b} for x, a in found[first].items() for y, b in found[second].items() if x == y or len(x) != len(y)]
     if any(rule.holds(v) for v in pairs): return row | dict(holds=True, says=rule.says)
-    open_ones = [code for code in rule.needs if all(v.startswith("not decidable") for v in found[code])]
+    open_ones = [code for code in rule.needs if all(v.startswith("not decidable") for v in verdicts[code])]
     if open_ones: return row | dict(holds=None, says=f"not decidable: {' and '.join(open_ones)} is not")
     return row | dict(holds=False, says="does not hold")

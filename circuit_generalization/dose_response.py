@@ -6,7 +6,7 @@
 __all__ = ['DOSES', 'DOSE_RESPONSE', 'POTENT', 'EFFECT_SIZE', 'curves_of', 'dose_response_of', 'judge_dose_response',
            'dose_response', 'effect_size_of', 'judge_effect_size', 'effect_size']
 
-# %% ../nbs/w12g-dose-response.ipynb #e12dcf5b
+# %% ../nbs/w12g-dose-response.ipynb #758dcb5e
 from collections.abc import Callable, Sequence
 from math import isfinite, nan
 
@@ -17,9 +17,10 @@ from .circuit import Circuit
 from .dose_curves import area, dose_curve, effect_levels, monotone_test, paired_size, slope_difference
 from .genetics import Estimate, Finding, GeneticsResult, Metric, Options, Subject, estimate_of, run_metric, standing
 from .knockouts import share_rows
+from .phylogenetic_tracking import half_way_interval
 from .stats import Interval, ratio_interval
 
-# %% ../nbs/w12g-dose-response.ipynb #dc5758f2
+# %% ../nbs/w12g-dose-response.ipynb #145d8c01
 DOSES = tuple(i / 10 for i in range(11))
 DOSE_RESPONSE = Metric(
     code="dose_response", name="dose-response", threshold=0.8,
@@ -62,6 +63,7 @@ def dose_response_of(
     height, heights = ratio_interval(area(doses, own), ld, templates), area(doses, null.mean(-1).T)
     estimates = {"full_dose": estimate_of(full, null[:, -1].mean(-1)), "area": estimate_of(height, heights),
                  "monotonicity": Estimate(monotone.monotonicity, p_value=monotone.p_value, how="p-value of: it never falls"),
+                 "half_dose": half_way_interval(doses, shares, templates, options.seed, start=0.0),
                  "ec50": _estimate(curve.ec50), "slope": _estimate(curve.slope)}
     band = np.array([[n.mean(), np.quantile(n, 0.95)] for n in null.mean(-1).T]) if len(null) else np.full((len(DOSES), 2), nan)
     rows = [dict(dose=dose) | row | dict(null_mean=float(mean), null_95=float(most), fitted=float(fit))
@@ -86,10 +88,11 @@ def judge_dose_response(finding: Finding) -> str:
     if fall.p_adjusted <= 0.05: return f"non-monotone: it falls by {finding.metadata['fall']:.2f} from dose {finding.metadata['fall_from']:g}"
     if full.high < POTENT: return "weak target"
     if full.low < POTENT: return f"not decidable: the interval of the full dose holds {POTENT:g}"
-    kind = "potent and selective" if whole.p_adjusted <= 0.05 else "potent, not selective"
-    if not whole.n_null: kind = "potent; no random circuits to compare with"
-    half = finding.estimates["ec50"]
-    return f"{kind}; half of the effect at dose {half.value:.2f}" if isfinite(half.value) else f"{kind}; EC50 not identified ({half.how})"
+    kind = "potent and selective" if whole.p_adjusted <= 0.05 else "potent, not shown to be selective"
+    if whole.n_null < 19: kind = "potent; too few random circuits to tell it from them"
+    half, ec50 = finding.estimates["half_dose"], finding.estimates["ec50"]
+    at = f"half of the effect at dose {half.value:.2f}" if isfinite(half.value) else f"no dose of half of the effect ({half.how})"
+    return f"{kind}; {at}" + ("" if isfinite(ec50.value) else f"; EC50 of a Hill curve not identified ({ec50.how})")
 
 
 def dose_response(

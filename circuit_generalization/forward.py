@@ -19,7 +19,7 @@ from .errors import InputError
 from .models import final_logits
 from .passes import count
 
-# %% ../nbs/w05b-forward.ipynb #70c7aa3b
+# %% ../nbs/w05b-forward.ipynb #65000a25
 @dataclass(frozen=True)
 class Addition:
     "Something more that the heads of a layer write, together, into the stream."
@@ -34,11 +34,12 @@ class Edit:
     replacement: Activations
     added: Addition | None = None  # None: nothing
     dose: float = 1.0  # how much is replaced: (1 - dose) of what is there stays, whatever earlier edits have made of it
+    adds: bool = False  # True: nothing is replaced, dose times the replacement is added to what is there
 
-# %% ../nbs/w05b-forward.ipynb #420aba7d
+# %% ../nbs/w05b-forward.ipynb #2f6e1f7e
 def hooks_of(edit: Edit) -> list[tuple]:
     "(hook name, function) pairs of one edit."
-    def mixed(value, new): return new if edit.dose == 1 else torch.lerp(value, new, edit.dose)
+    def mixed(value, new): return value + edit.dose * new if edit.adds else new if edit.dose == 1 else torch.lerp(value, new, edit.dose)
     def swap(mask, new):
         return lambda value, hook: torch.where(mask.to(value.device), mixed(value, new.to(value.device, value.dtype)), value)
 
@@ -65,7 +66,7 @@ def run_with_hooks(
     with torch.no_grad():
         return torch.stack([final_logits(model, tokens, lengths, hooks_of(e), token_ids) for e in edits])
 
-# %% ../nbs/w05b-forward.ipynb #63628383
+# %% ../nbs/w05b-forward.ipynb #6b626615
 def engine_of(
     model,  # a TransformerBridge
 ) -> str:  # 'cone' or 'hooks'
@@ -102,7 +103,7 @@ def _cut(edits: list[Edit], some: Int[Tensor, " chosen"]) -> list[Edit]:
     "The edits on some of the prompts; those that share a replacement still do."
     cut = {id(e.replacement): e.replacement[some] for e in edits}
     def less(added): return added and Addition(added.layer, added.values[some])
-    return [Edit(e.mask[some], cut[id(e.replacement)], less(e.added), e.dose) for e in edits]
+    return [Edit(e.mask[some], cut[id(e.replacement)], less(e.added), e.dose, e.adds) for e in edits]
 
 # %% ../nbs/w05b-forward.ipynb #915f1f1a
 INPUTS = ("q", "k", "v")  # of a head

@@ -302,7 +302,7 @@ def passes_of(
     counted: Passes,
 ) -> dict[str, int]: return dict(stated=stated, edited=counted.edited, whole=counted.whole)
 
-# %% ../nbs/w11-genetics.ipynb #89831f15
+# %% ../nbs/w11-genetics.ipynb #aad3680d
 def concluded(
     findings: Sequence[Finding],  # still without adjusted p-values and verdicts
     judge: Callable[[Finding], str],  # the verdict
@@ -340,6 +340,7 @@ def standing(
     if estimate.high <= threshold: return "fails"
     if estimate.low <= threshold: return f"not decidable: the interval holds {threshold:g}"
     if not estimate.n_null: return "passes; no random circuits to compare with"
+    if estimate.n_null < 19: return f"passes; {estimate.n_null} random circuits are too few to tell it from them (at least 19)"
     return "passes" if estimate.p_adjusted <= 0.05 else UNSPECIFIC
 
 
@@ -375,6 +376,8 @@ def run_metric(
         with uncounted() if made else nullcontext():
             for s in subjects: s.bench.ablated_ld  # noqa: B018 (made once, here: the scale that tells small effects)
         stated = 0 if made else options.n_prompts * (len(subjects) * (1 + options.how.n_draws) + len(refused))
+        headless = [s.circuit.name for s in subjects if metric.heads_only and not s.heads]
+        if headless: raise InputError(f"circuit {headless[0]!r} has no heads, and {metric.name} looks at nothing else")
         findings, groups = [], list(combinations(subjects, together))
         for done, group in enumerate(groups):
             if progress: progress(done, len(groups), f"{metric.name}: {' and '.join(s.task for s in group)}")

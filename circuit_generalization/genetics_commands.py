@@ -15,7 +15,7 @@ from pathlib import Path
 from .errors import InputError
 from .terminal import Command, Parser, check_device, check_file, check_model, print_table, progress_bar, whole
 
-# %% ../nbs/w11g-genetics-commands.ipynb #de5aee11
+# %% ../nbs/w11g-genetics-commands.ipynb #639e262c
 def run_genetics(
     name: str,  # of the command, and of the module and function behind it
     args,  # its options
@@ -37,9 +37,9 @@ def run_genetics(
     with quiet(), progress_bar() as progress:
         result = metric(models if len(models) > 1 else models[0], args.tasks, options, args.circuits, progress)
         data = result.to_dict()
+        write_text_atomically(args.out, result.to_json())
         figure = plot_genetics(data) if args.figure and result.findings else None
         if figure: write_png(figure, args.figure)
-        write_text_atomically(args.out, result.to_json())
     print_result(data)
     print(f"Wrote {args.out}" + (f" and {args.figure}" if figure else "") + ".")
     if args.figure and not figure: print("There is no figure: nothing was measured.")

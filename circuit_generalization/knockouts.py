@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACTIVATION_PATCHING', 'ROLE_ABLATION', 'LEAST_NOISES', 'SIGMAS', 'SIGMA_ABLATION', 'share_of', 'share_rows',
-           'activation_patching_of', 'judge_patching', 'activation_patching', 'by_role', 'role_ablation_of',
-           'judge_roles', 'role_ablation', 'noise_of', 'agreement_of_ablations', 'sigma_ablation_of', 'judge_titration',
-           'sigma_ablation']
+           'heads_with_nulls', 'activation_patching_of', 'judge_patching', 'activation_patching', 'by_role',
+           'role_ablation_of', 'judge_roles', 'role_ablation', 'noise_of', 'agreement_of_ablations',
+           'sigma_ablation_of', 'judge_titration', 'sigma_ablation']
 
 # %% ../nbs/w12c-knockouts.ipynb #8c24d640
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ def share_rows(
     return [{name: i.estimate, "low": i.low, "high": i.high, "p_value": p, "p_adjusted": float(q)}
             for i, p, q in zip(found, p_values, benjamini_hochberg(p_values))]
 
-# %% ../nbs/w12c-knockouts.ipynb #3f266599
+# %% ../nbs/w12c-knockouts.ipynb #e0b6d01c
 ACTIVATION_PATCHING = Metric(
     code="activation_patching", name="activation-patching", heads_only=True, threshold=0.7,
     value="share of the effect of the counterfactual prompt that the circuit's outputs on it have, patched into the clean run",
@@ -62,6 +62,15 @@ ACTIVATION_PATCHING = Metric(
              "restored": "share that comes back when it is patched into the counterfactual run (denoising)"})
 
 
+def heads_with_nulls(
+    subject: Subject,
+    options: Options,
+) -> list[Circuit]:
+    "The circuit's heads, without its MLPs; then random ones."
+    heads = replace(subject.circuit, nodes=subject.heads, edges=None)
+    return [heads, *random_circuits(heads, *subject.bench.shape, options.n_random, options.seed)]
+
+
 def activation_patching_of(
     subject: Subject,
     options: Options,
@@ -69,11 +78,11 @@ def activation_patching_of(
     "Every head, the circuit and random circuits, in both directions."
     bench, templates = subject.bench.with_ablation(Ablation("counterfactual")), subject.bench.templates
     other_way, names = bench.exchanged(), component_names(subject.model)
-    sets = [*(Circuit.from_components([n]) for n in names), subject.circuit, *subject.nulls(options.n_random, options.seed)]
+    sets = [*(Circuit.from_components([n]) for n in names), *heads_with_nulls(subject, options)]
     lost, back = bench.model_ld - bench.lds([bench.mask(c) for c in sets]), other_way.lds([other_way.mask(c) for c in sets]) - other_way.model_ld
     whole, k = bench.model_ld - other_way.model_ld, len(names)
     estimates = {"knockout": share_of(lost[k], whole, templates, lost[k + 1:]), "restoration": share_of(back[k], whole, templates, back[k + 1:])}
-    roles = {n.name: n.role for n in subject.circuit.nodes}
+    roles = {n.name: n.role for n in subject.heads}
     rows = [dict(head=name, role=roles.get(name), in_circuit=name in roles) | row | dict(restored=float(b.mean() / whole.mean()))
             for name, row, b in zip(names, share_rows(lost[:k], whole, templates), back)]
     value = float(lost[k].mean() / whole.mean())
@@ -155,7 +164,7 @@ def role_ablation(
     "Conditional knock-out. Raises `InputError`; a task that the model fails is refused in the result."
     return run_metric(ROLE_ABLATION, role_ablation_of, judge_roles, model, tasks, options, circuits, progress)
 
-# %% ../nbs/w12c-knockouts.ipynb #6a12baa1
+# %% ../nbs/w12c-knockouts.ipynb #65c11964
 LEAST_NOISES = 16  # draws of noise: fewer leave the area uncertain by a fifth
 SIGMAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # noise over signal
 SIGMA_ABLATION = Metric(
@@ -179,20 +188,16 @@ def noise_of(
     return each(draw, clean, silent)
 
 
-def _noisy(clean: Activations, noise: Activations, sigma: float) -> Activations: return each(lambda x, y: x + sigma * y, clean, noise)
-
-
-def _titration(subject: Subject, noises: Sequence[Activations], clean: Activations, nulls: Sequence[Circuit]):
+def _titration(subject: Subject, noises: Sequence[Activations], circuits: Sequence[Circuit]):
     "What noise costs: the circuit, all draws [level, prompt]; the first draw of it and of random circuits [circuit, level, prompt]; each head."
     bench = subject.bench
     def lost(edits): return subject.ld - ld_under(subject.model, bench.prompts, edits, bench.run)
-    masks, heads = [bench.mask(c) for c in (subject.circuit, *nulls)], [bench.mask(Circuit((n,))) for n in subject.heads]
+    masks, heads = [bench.mask(c) for c in circuits], [bench.mask(Circuit((n,))) for n in subject.heads]
     own, first = [], []
     for sigma in SIGMAS:
-        noisy = [_noisy(clean, noise, sigma) for noise in noises]
-        own.append(lost([Edit(masks[0], new) for new in noisy]).mean(0))
-        first.append(lost([Edit(mask, noisy[0]) for mask in masks]))
-    one = lost([Edit(mask, _noisy(clean, noise, 1.0)) for mask in heads for noise in noises]).reshape(len(heads), len(noises), -1).mean(1)
+        own.append(lost([Edit(masks[0], noise, dose=sigma, adds=True) for noise in noises]).mean(0))
+        first.append(lost([Edit(mask, noises[0], dose=sigma, adds=True) for mask in masks]))
+    one = lost([Edit(mask, noise, adds=True) for mask in heads for noise in noises]).reshape(len(heads), len(noises), -1).mean(1)
     return np.array(own), np.array(first).swapaxes(0, 1), one
 
 
@@ -219,7 +224,7 @@ def sigma_ablation_of(
     clean = capture(subject.model, subject.bench.prompts.tokens, subject.circuit.universe)
     silent = subject.bench.with_ablation(Ablation("mean")).donors[0]
     noises = [noise_of(clean, silent, np.random.default_rng([options.seed, d])) for d in range(max(LEAST_NOISES, options.n_draws))]
-    own, first, heads = _titration(subject, noises, clean, subject.nulls(options.n_random, options.seed))
+    own, first, heads = _titration(subject, noises, heads_with_nulls(subject, options))
     levels = np.log2(np.array(SIGMAS) / SIGMAS[0])
     areas = np.array([[area(levels, curve) for curve in some.T] for some in first])  # circuit, prompt
     found, null = ratio_interval(area(levels, own), ld, templates), areas[1:].mean(1) / ld.mean()

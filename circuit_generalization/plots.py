@@ -254,6 +254,7 @@ def plot_ablations(
 
 # %% ../nbs/w09b-figures.ipynb #436649e7
 def write_png(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_bytes(png_bytes(figure))

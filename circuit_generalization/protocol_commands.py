@@ -15,7 +15,7 @@ from .errors import InputError
 from .genetics_commands import check_figure, estimate_cells, how_to_measure, options_of
 from .terminal import Command, Parser, check_device, check_file, check_model, print_table, progress_bar
 
-# %% ../nbs/w13c-protocol-commands.ipynb #100955b4
+# %% ../nbs/w13c-protocol-commands.ipynb #486ea573
 NAMES = ("knockout-hierarchy", "rescue-experiment", "mendelian-randomization", "dose-response")
 
 
@@ -39,15 +39,15 @@ def run_protocol_command(
         whose = models if len(models) > 1 else models[0]
         result = run_protocol(args.name, whose, args.tasks, options_of(args), args.circuits, progress, not args.no_calibrations)
         data = result.to_dict()
+        write_text_atomically(args.out, result.to_json())
         figure = plot_protocol(data) if args.figure and result.verdicts else None
         if figure: write_png(figure, args.figure)
-        write_text_atomically(args.out, result.to_json())
     print_protocol(data)
     print(f"Wrote {args.out}" + (f" and {args.figure}" if figure else "") + ".")
     if args.figure and not figure: print("There is no figure: nothing was measured.")
     return 1 if result.refused else 0
 
-# %% ../nbs/w13c-protocol-commands.ipynb #97ab08a3
+# %% ../nbs/w13c-protocol-commands.ipynb #0ba73faa
 def _who(model: str, task: str, several: bool) -> str: return f"{task} ({model})" if several else task
 
 
@@ -85,11 +85,14 @@ def print_protocol(
     for note in dict.fromkeys(f"{r['metric']}, {r['calibration']}, {r['task']}: {r['note']}" for r in data["calibrations"] if not r["n"]):
         print(textwrap.fill(f"No {note}.", 120))
     for task, why in data["refused"].items(): print(f"Refused: {task}, since {why}.")
+    for line in dict.fromkeys(x for one in data["constituents"].values() for x in (*one["notes"], *([f"left out: {one['left_out']}"]
+                                                                                                    if one["left_out"] else []))):
+        print(f"Note: {line}.")
     last = [f"A pass establishes {data['establishes']}. It does not establish {data['does_not']}.",
             f"{data['passes']['edited']} edited passes of one prompt each, calibrations included, and {data['passes']['whole']} whole ones."]
     print("\n" + "\n".join(textwrap.fill(note, 120) for note in last))
 
-# %% ../nbs/w13c-protocol-commands.ipynb #04eddd3e
+# %% ../nbs/w13c-protocol-commands.ipynb #11e6a1dc
 def read_result(
     path: Path,
 ) -> dict:
@@ -97,8 +100,10 @@ def read_result(
     try: data = json.loads(path.read_text())
     except FileNotFoundError: raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e: raise InputError(f"{path}: not a result that can be read ({e})") from None
-    if not isinstance(data, dict) or not ({"protocol", "verdicts"} <= set(data) or {"metric", "findings", "models"} <= set(data)):
-        raise InputError(f"{path}: neither a metric's nor a protocol's result: give what `circuit-gen` wrote with --out")
+    from circuit_generalization.convergent_evidence import verdicts_in
+
+    try: verdicts_in(data)
+    except InputError as e: raise InputError(f"{path}: {e}") from None
     return data
 
 
@@ -111,6 +116,7 @@ def run_evidence(
     from circuit_generalization.convergent_evidence import convergent_evidence
 
     rows = convergent_evidence([read_result(path) for path in args.results])
+    if not rows: raise InputError(f"nothing was measured in {', '.join(map(str, args.results))}: all tasks were refused")
     several = len({r["model"] for r in rows}) > 1
     shown = [[_who(r["model"], r["task"], several), r["rule"], {True: "holds", False: "no", None: "open"}[r["holds"]], r["says"]] for r in rows]
     print_table("What the results say together", ["", "rule", "", "says"], shown, ["rule", "", "says"])

@@ -114,7 +114,7 @@ def _doses(data: Data) -> Figure:
     axes[0, 0].legend(frameon=False, fontsize=7)
     return figure
 
-# %% ../nbs/w13b-protocol-figures.ipynb #81783173
+# %% ../nbs/w13b-protocol-figures.ipynb #67a252d9
 PROTOCOL_FIGURES: dict[str, Callable[[Data], Figure]] = {"MB_KH": _knockouts, "MB_RE": _rescue, "MB_MR": _mendelian, "MB_DR": _doses}
 
 
@@ -133,6 +133,4 @@ def save_protocol_figure(
     path: Path | str,  # a PNG
 ) -> Path:
     "Draw and write."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_png(plot_protocol(data), path)
+    return write_png(plot_protocol(data), Path(path))

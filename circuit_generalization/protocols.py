@@ -8,7 +8,7 @@ __all__ = ['ASSAYS', 'Said', 'PROTOCOLS', 'SEEDS', 'PARAPHRASES', 'CALIBRATIONS'
            'calibrations_of', 'kendall_w', 'agreement_on_heads', 'ProtocolResult', 'run_protocol', 'finding_from',
            'reread']
 
-# %% ../nbs/w13-protocols.ipynb #8ec0f7ff
+# %% ../nbs/w13-protocols.ipynb #80d6c006
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -32,18 +32,20 @@ from circuit_generalization.genetics import (
     Metric,
     Options,
     Subject,
-    plain,
+    concluded,
     make_subject,
     make_subjects,
+    plain,
     run_metric,
     standing,
     word_of,
 )
+from .mediation import VIOLATED
 from .metrics import ModelFails
 from .models import as_bridge, model_name
 from .passes import counted_passes
 
-# %% ../nbs/w13-protocols.ipynb #1b8b7f8e
+# %% ../nbs/w13-protocols.ipynb #30a4d872
 @dataclass(frozen=True)
 class Assay:
     "A metric as protocols use it."
@@ -53,6 +55,7 @@ class Assay:
     headline: str  # the estimate that the verdict reads, up to a colon
     together: int = 1  # tasks of a finding
     repeat: bool = True  # cheap enough for every calibration
+    ablates: bool = True  # its headline depends on what ablated outputs are replaced by
 
 
 def judge_interchange(finding: Finding) -> str:
@@ -64,8 +67,8 @@ def judge_interchange(finding: Finding) -> str:
 
 
 ASSAYS = {a.metric.code: a for a in (
-    Assay(knockouts.ACTIVATION_PATCHING, knockouts.activation_patching_of, knockouts.judge_patching, "knockout"),
-    Assay(knockouts.SIGMA_ABLATION, knockouts.sigma_ablation_of, knockouts.judge_titration, "area"),
+    Assay(knockouts.ACTIVATION_PATCHING, knockouts.activation_patching_of, knockouts.judge_patching, "knockout", ablates=False),
+    Assay(knockouts.SIGMA_ABLATION, knockouts.sigma_ablation_of, knockouts.judge_titration, "area", ablates=False),
     Assay(knockouts.ROLE_ABLATION, knockouts.role_ablation_of, knockouts.judge_roles, "roles"),
     Assay(rescues.CORRUPT_RESTORE, rescues.corrupt_restore_of, rescues.judge_rescue, "rescue"),
     Assay(rescues.CORRUPT_RESTORE_BEHAVIORAL, rescues.corrupt_restore_behavioral_of, rescues.judge_behaviour, "probability"),
@@ -77,7 +80,7 @@ ASSAYS = {a.metric.code: a for a in (
     Assay(dosing.EFFECT_SIZE, dosing.effect_size_of, dosing.judge_effect_size, "d_z"),
 )}
 
-# %% ../nbs/w13-protocols.ipynb #0d07034c
+# %% ../nbs/w13-protocols.ipynb #a4511a02
 Said = Mapping[str, str]
 
 
@@ -89,7 +92,8 @@ def _open(said: Said) -> str: return "; ".join(f"{name} {s}" for name, s in said
 
 def _unspecific(said: Said) -> str:
     names = [name for name, s in said.items() if s.startswith(UNSPECIFIC)]
-    return f". Random heads of the same layers reach as much by {', '.join(names)}: this alone does not single the circuit out" if names else ""
+    if not names: return ""
+    return f". Not shown to be more than random heads of the same layers reach, which would single the circuit out: {', '.join(names)}"
 
 
 def conclude_knockouts(said: Said) -> str:
@@ -97,12 +101,13 @@ def conclude_knockouts(said: Said) -> str:
     words = _words(said)
     whole, part, roles = (words[name] for name in ("activation_patching", "sigma_ablation", "role_ablation"))
     if set(words.values()) == {"passes"}: return "passes: necessary at every strength and kind of intervention" + _unspecific(said)
-    if whole == "fails": return "fails: not necessary even when it is knocked out as a whole"
+    if whole == "fails": return "fails: knocked out as a whole it takes no more than seven tenths of the effect"
     if "not decidable" in words.values() and "fails" not in words.values(): return f"not decidable: {_open(said)}"
-    if whole == "passes" and part == "fails" and roles != "fails":
-        return "partial: necessary only at full removal; a partial knock-down is compensated or harmless" + _unspecific(said)
-    if whole == "passes" and roles == "fails": return "partial: necessary as a whole, but on average its roles are not" + _unspecific(said)
-    return f"partial: {', '.join(f'{name} {w}' for name, w in words.items())}"
+    if whole != "passes": return f"not decidable: {_open(said)}"
+    parts = []
+    if part == "fails": parts.append("necessary only at full removal; a partial knock-down is compensated or harmless")
+    if roles == "fails": parts.append("necessary as a whole, but on average its roles are not")
+    return f"partial: {'; '.join(parts)}" + (f". Open: {_open(said)}" if _open(said) else "") + _unspecific(said)
 
 
 def conclude_rescue(said: Said) -> str:
@@ -114,9 +119,10 @@ def conclude_rescue(said: Said) -> str:
     if ld == "passes" and behaviour == "fails": return "partial: LD comes back, but the behaviour does not; something downstream stays broken"
     if "not decidable" in (ld, behaviour): return f"not decidable: {_open(said)}"
     variable = {"passes": "; and a subspace of it carries the answer (a valid causal abstraction)",
-                "fails": "; no subspace of it was found to carry the answer by itself",
+                "fails": f"; but no subspace of it carries the answer by itself ({said['das_iia']})",
                 "not decidable": f"; das_iia {said['das_iia']}"}[das]
-    return f"{'passes' if das == 'passes' else 'partial'}: the deficit is specifically reversible" + variable + _unspecific(said)
+    how = "reversible" if said["corrupt_restore"].startswith(UNSPECIFIC) else "specifically reversible"
+    return f"{'passes' if das == 'passes' else 'partial'}: the deficit is {how}" + variable + _unspecific(said)
 
 
 def conclude_mendelian(said: Said) -> str:
@@ -125,6 +131,8 @@ def conclude_mendelian(said: Said) -> str:
     path, task, model = (words[name] for name in ("path_patching", "cross_task_transfer", "cross_model_invariance"))
     if path == "fails": return "fails: the exclusion restriction is violated; upstream signals reach the answer around the circuit"
     if path != "passes": return f"not decidable: {_open(said)}"
+    if VIOLATED in said["path_patching"]:
+        return f"partial: most of what is upstream acts through the circuit, but {said['path_patching'].partition('; ')[2]}" + _unspecific(said)
     parts = {("passes", "passes"): "strong causal mediation evidence: upstream signals flow through the circuit, and the effect transfers across "
              "tasks and models",
              ("fails", "passes"): "the circuit mediates upstream signals and holds across models, but is task-specific",
@@ -181,7 +189,7 @@ PROTOCOLS = {p.name: p for p in (
              "that the finding does not hang on one strength of intervention", "that heads have binding sites: the curve is a description"),
 )}
 
-# %% ../nbs/w13-protocols.ipynb #033061db
+# %% ../nbs/w13-protocols.ipynb #e44d634a
 SEEDS = 5
 PARAPHRASES = {"ioi": "held_out_templates", "sva": "held_out_links", "greater_than": "held_out_frames", "induction": "gap"}
 CALIBRATIONS = ("sampling", "seed", "ablation", "random circuits", "random weights", "paraphrase")
@@ -223,25 +231,32 @@ def _others(subject: Subject, options: Options) -> dict[str, Callable[[], list[S
 
 def calibrations_of(
     subject: Subject,
-    found: Mapping[str, Finding],  # by metric
+    found: Mapping[str, Sequence[Finding]],  # of this task, by metric
     options: Options,
 ) -> list[dict]:  # metric, calibration, task, n, mean, sd, low, high, note
     "Every calibration of every metric for one task."
     rows, task = [], subject.task
-    for name, finding in found.items():
-        e = headline(ASSAYS[name], finding)
-        rows.append(_row(name, "sampling", task, [e.value], e.how) | dict(low=e.low, high=e.high))
-        beside = _row(name, "random circuits", task, note=f"rank p = {e.p_value:.2g} among {e.n_null}" if e.n_null else "none were drawn")
-        rows.append(beside | (dict(n=e.n_null, mean=e.null_mean, high=e.null_95) if e.n_null else {}))
-    again = {name: ASSAYS[name] for name in found if ASSAYS[name].repeat and ASSAYS[name].together == 1}
+    for name, findings in found.items():
+        for e, about in ((headline(ASSAYS[name], f), " and ".join(f.tasks)) for f in findings):
+            rows.append(_row(name, "sampling", about, [e.value], e.how) | dict(low=e.low, high=e.high))
+            beside = _row(name, "random circuits", about, note=f"rank p = {e.p_value:.2g} among {e.n_null}" if e.n_null else "none were drawn")
+            rows.append(beside | (dict(n=e.n_null, mean=e.null_mean, high=e.null_95) if e.n_null else {}))
     for calibration, make in _others(subject, options).items():
         try: subjects, note = make(), ""
         except (ModelFails, InputError) as e: subjects, note = [], f"not run: {e}"
         for name in found:
-            if name in again: rows.append(_row(name, calibration, task, [_again(again[name], s) for s in subjects], note))
-            else: rows.append(_row(name, calibration, task,
-                                   note="not run: this metric trains, or compares tasks or models; run it alone with other options"))
+            why = _not_calibrated(ASSAYS[name], calibration)
+            values = [] if why else [_again(ASSAYS[name], s) for s in subjects]
+            unknown = "" if any(map(isfinite, values)) or not values else "it gave no number"
+            rows.append(_row(name, calibration, task, values, why or note or unknown))
     return rows
+
+
+def _not_calibrated(assay: Assay, calibration: str) -> str:
+    "Why a calibration makes no sense for a metric, or is not done; empty: it is."
+    if assay.together > 1: return "not run: it compares tasks or models; run it alone with other options"
+    if not assay.repeat: return "not run: it trains; run it alone with other options"
+    return "not applicable: what ablated outputs are replaced by is not its matter" if calibration == "ablation" and not assay.ablates else ""
 
 # %% ../nbs/w13-protocols.ipynb #fbfaa64c
 def kendall_w(effects: Float[np.ndarray, "method head"]) -> float:
@@ -269,7 +284,7 @@ def agreement_on_heads(
     p = (1 + sum(x >= w - 1e-12 for x in null)) / 1000
     return dict(heads=heads, effects=dict(zip(columns, effects.tolist())), w=w, p_value=p, how="Kendall's W; p by permutation of the heads")
 
-# %% ../nbs/w13-protocols.ipynb #5e4175cb
+# %% ../nbs/w13-protocols.ipynb #d89094d0
 @dataclass(frozen=True)
 class ProtocolResult:
     "A protocol on some tasks of a model (or models): `to_dict` has the fields of `PROTOCOL_FIELDS`."
@@ -280,6 +295,7 @@ class ProtocolResult:
     calibrations: tuple[dict, ...]
     refused: dict[str, str]
     passes: dict[str, int]  # all that the engine counted, calibrations too
+    seed: int
 
     def to_dict(self) -> dict:
         p = self.protocol
@@ -287,7 +303,7 @@ class ProtocolResult:
         return plain(dict(protocol=p.code, name=p.name, question=p.question, models=self.models, tasks=tasks,
                            establishes=p.establishes, does_not=p.does_not, thresholds={name: ASSAYS[name].metric.threshold for name in p.assays},
                            verdicts=self.verdicts, calibrations=self.calibrations, constituents=results,
-                           refused=self.refused, passes=self.passes))
+                           refused=self.refused, passes=self.passes, seed=self.seed))
 
     def to_json(self) -> str: return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
@@ -301,17 +317,19 @@ class ProtocolResult:
 PROTOCOL_FIELDS = {
     "protocol": "code, such as MB_KH", "name": "its name, and that of its command", "question": "what it asks", "models": "names",
     "tasks": "that were measured", "establishes": "what a pass says", "does_not": "what it does not say", "thresholds": "of each metric, the lens's",
-    "verdicts": "one a model and task: said (each metric's words), verdict, criteria (met, not met or not decidable), agreement (of heads, KH only)",
+    "verdicts": "one a model and task: said (each metric's words), verdict, criteria (met; met, not specific; not met; not decidable), "
+                "agreement (of heads, KH only)",
     "calibrations": "metric, calibration, task, n, mean, sd, low, high, note",
     "constituents": "each metric's result, with the fields of genetics.FIELDS",
     "refused": "task: why it was not measured", "passes": "forward passes of one prompt each, calibrations included: edited, whole",
+    "seed": "of prompts, donors and random circuits",
 }
 
 
 def _find(result: GeneticsResult | None, model: str, task: str) -> list[Finding]:
-    "The findings that are about a task in a model."
+    "The findings that are about a task in a model: of a comparison of models, those whose first (the described circuit's) it is."
     if result is None: return []
-    return [f for f in result.findings if task in f.tasks and model in f.metadata.get("models", [model])]
+    return [f for f in result.findings if task in f.tasks and model == f.metadata.get("models", [model])[0]]
 
 
 def _said(name: str, findings: Sequence[Finding], task: str) -> str:
@@ -338,15 +356,18 @@ _MISSING = {"cross_task_transfer": "it needs a second task that the model does",
 def _verdict(protocol: Protocol, results: Mapping[str, GeneticsResult], model: str, task: str, seed: int) -> dict:
     found = {name: _find(results.get(name), model, task) for name in protocol.assays}
     said = {name: _said(name, found[name], task) for name in protocol.assays}
-    criteria = {c: {"passes": "met", "fails": "not met"}.get(_state(name, said[name]), "not decidable") for c, name in protocol.criteria.items()}
+    criteria = {c: _criterion(name, said[name]) for c, name in protocol.criteria.items()}
     if "E6" in criteria: criteria["E6"] = _other_architecture(found["cross_model_invariance"])
     agreement = agreement_on_heads({n: f[0] for n, f in found.items()}, seed) if protocol.code == "MB_KH" and all(found.values()) else None
     return dict(model=model, task=task, said=said, verdict=protocol.conclude(said), criteria=criteria, agreement=agreement)
 
 
-def _state(name: str, said: str) -> str:
-    if name != "dose_response": return word_of(said)
-    return "not decidable" if said.startswith("not decidable") else "fails" if said.startswith("non-monotone") else "passes"
+def _criterion(name: str, said: str) -> str:
+    "Met, not met, not decidable; met, but not shown to be specific to the circuit."
+    if name == "dose_response": said = "fails" if said.startswith("non-monotone") else said if said.startswith("not decidable") else "passes"
+    if VIOLATED in said: return "not met"
+    if said.startswith(UNSPECIFIC): return "met, not specific"
+    return {"passes": "met", "fails": "not met"}.get(word_of(said), "not decidable")
 
 
 def _other_architecture(findings: Sequence[Finding]) -> str:
@@ -366,10 +387,12 @@ def _constituent(name: str, bridges, made: Mapping[str, tuple], tasks: Sequence[
                for b in bridges if len(made[model_name(b)][0]) >= assay.together]
     if not results: return None
     if len(results) == 1: return results[0]
-    findings = tuple(replace(f, metadata=f.metadata | dict(models=[r.models[0]])) for r in results for f in r.findings)
+    findings = concluded([replace(f, metadata=f.metadata | dict(models=[r.models[0]])) for r in results for f in r.findings], assay.judge)
     passes = {k: sum(r.passes[k] for r in results) for k in results[0].passes}
     used = {r.models[0]: r.used for r in results}
-    return replace(results[0], models=tuple(r.models[0] for r in results), findings=findings, passes=passes, used=used)
+    notes, left_out = tuple(note for r in results for note in r.notes), "; ".join(dict.fromkeys(r.left_out for r in results if r.left_out))
+    return replace(results[0], models=tuple(r.models[0] for r in results), findings=findings, passes=passes, used=used, notes=notes,
+                   left_out=left_out)
 
 
 def run_protocol(
@@ -389,6 +412,8 @@ def run_protocol(
         bridges = transfers.bridges_of(models, options.device) if len(models) > 1 else [as_bridge(models[0], device=options.device)]
         made = {model_name(b): make_subjects(b, tasks, options, circuits) for b in bridges}
         several = len(bridges) > 1
+        for some, _ in made.values():
+            for s in some: s.bench.ablated_ld  # noqa: B018 (made once, and counted, here)
         refused = {f"{task} ({m})" if several else task: why for m, (_, failed) in made.items() for task, why in failed.items()}
         results = {}
         for assay in protocol.assays:
@@ -399,11 +424,12 @@ def run_protocol(
         rows = []
         for done, (m, s) in enumerate(subjects if calibrate else ()):
             if progress: progress(done, len(subjects), f"{name}: calibrations, {s.task}")
-            found = {n: f[0] for n in protocol.assays if (f := _find(results.get(n), m, s.task))}
+            found = {n: f for n in protocol.assays if (f := _find(results.get(n), m, s.task))}
             rows += [dict(model=m) | r for r in calibrations_of(s, found, options)]
-    return ProtocolResult(protocol, tuple(made), results, verdicts, tuple(rows), refused, dict(edited=counted.edited, whole=counted.whole))
+    return ProtocolResult(protocol, tuple(made), results, verdicts, tuple(rows), refused, dict(edited=counted.edited, whole=counted.whole),
+                          options.seed)
 
-# %% ../nbs/w13-protocols.ipynb #565a7488
+# %% ../nbs/w13-protocols.ipynb #33a25259
 def _estimate_from(data: Mapping) -> Estimate:
     return Estimate(**{f.name: nan if data[f.name] is None else data[f.name] for f in fields(Estimate)})
 
@@ -431,4 +457,4 @@ def reread(
         assay = ASSAYS[name]
         found = tuple(finding_from(f, assay.judge) for f in one["findings"])
         results[name] = GeneticsResult(assay.metric, tuple(one["models"]), found, one["refused"], one["passes"], one["used"])
-    return [_verdict(protocol, results, v["model"], v["task"], 0) for v in data["verdicts"]]
+    return [_verdict(protocol, results, v["model"], v["task"], data["seed"]) for v in data["verdicts"]]

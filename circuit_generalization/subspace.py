@@ -584,7 +584,7 @@ def das_splits(
         made.append(prompts[torch.from_numpy(mine.nonzero()[0][:size])])
     return Splits(*(interchanges(p, tokenizer, seed) for p in made), made[-1])
 
-# %% ../nbs/w12b-subspace.ipynb #ad57bede
+# %% ../nbs/w12b-subspace.ipynb #635b6200
 def candidates(
     heads: Sequence[Node],  # of a circuit
 ) -> dict[str, Site]:  # what the site is: the site
@@ -596,10 +596,14 @@ def candidates(
 
 def best_of(
     found: Sequence[Subspace],
+    n: int,  # validation pairs
 ) -> Subspace:
-    "The highest validation IIA; then the fewest dimensions; then the highest LD'. Raises `InputError` for none."
+    "The fewest dimensions within a standard error of the highest validation IIA; then the highest. Raises `InputError` for none."
     if not found: raise InputError("no subspaces to choose from")
-    return max(found, key=lambda s: (s.validation_iia, -s.basis[..., 0, :].numel(), s.validation_ld))
+    best = max(s.validation_iia for s in found)
+    likely = (best * n + 2) / (n + 4)  # Agresti and Coull (1998): not 1 where all were right
+    near = [s for s in found if s.validation_iia >= best - (likely * (1 - likely) / n) ** 0.5]
+    return min(near, key=lambda s: (s.basis[..., 0, :].numel(), -s.validation_iia, -s.validation_ld))
 
 # %% ../nbs/w12b-subspace.ipynb #086c9b6c
 N_TRAIN, N_VALIDATION = 64, 32  # pairs
@@ -661,7 +665,7 @@ def _estimates(das: Measured, full: Measured, twin: Measured, sets: tuple[Exchan
     return {"iia": estimate_of(das.interval, null), "gain": estimate_of(gains[0]), "over_random_weights": estimate_of(difference_of(*gains)),
             "random_weights": estimate_of(twin.interval), "random_weights_gain": estimate_of(gains[1]), "whole_site": estimate_of(full.interval)}
 
-# %% ../nbs/w12b-subspace.ipynb #a3cb6fa9
+# %% ../nbs/w12b-subspace.ipynb #76eb9a9e
 def das_iia_of(
     subject: Subject,
     options: Options,
@@ -671,7 +675,7 @@ def das_iia_of(
     splits = das_splits(subject.task, subject.model.tokenizer, N_TRAIN, N_VALIDATION, options.n_prompts, options.seed)
     sets, dims = _sets(subject.model, splits), [k for k in DIMS if k < subject.model.cfg.d_head]
     found, rows, passes = _search(sets, candidates(subject.heads), dims, options.seed)
-    chosen = best_of(found)
+    chosen = best_of(found, len(sets.validation))
     for row in rows: row["chosen"] = row["site"] == chosen.site.name and row["k"] == chosen.k and row["trained"]
     twins = _sets(random_twin(subject.model, options.seed), splits)
     of_twin, more = train_das(twins.train, twins.validation, chosen.site, dims, seed=options.seed)

@@ -91,7 +91,7 @@ def test_what_is_added_to_the_heads_is_added_once_and_where_it_is_said(models, n
        st.lists(st.tuples(st.sampled_from([0.1, 0.5, 1]), st.sampled_from([0, 0.1, 0.7, 1, 1.5])), min_size=1, max_size=6))
 def test_doses_of_the_cone_are_those_of_hooks(models, name, seed, lengths, given_doses):
     tokens, lengths, edits = draw(seed, models[name], lengths, [share for share, _ in given_doses])
-    edits = [replace(e, dose=dose) for e, (_, dose) in zip(edits, given_doses)]
+    edits = [replace(e, dose=dose, adds=bool(i % 2 and seed % 2)) for i, (e, (_, dose)) in enumerate(zip(edits, given_doses))]
     assert worst(models[name], tokens, lengths, edits) <= 1e-4
 
 
@@ -110,6 +110,8 @@ def test_a_dose_is_taken_of_what_earlier_doses_left(models, name):
     assert torch.allclose(logits(only(every), new.z, 0.5), logits(only(every), half), atol=1e-3) == (n_layers == 1)
     assert torch.equal(logits(only(every), new.z, 1.0), logits(only(every), new.z))
     assert torch.allclose(logits(only(every), new.z, 0.0), final_logits(model, tokens, lengths), atol=1e-4)
+    added = run_edits(model, tokens, lengths, [Edit(only([0]), Activations(new.z - clean.z), dose=0.5, adds=True)])[0]
+    assert torch.allclose(added, logits(only([0]), half), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -19,7 +19,7 @@ from circuit_generalization.errors import InputError
 from circuit_generalization.exact_scores import as_prompt_set, compiled_prompts, decoy_circuit, numpy_forward
 from circuit_generalization.genetics import ESTIMATE_FIELDS, FIELDS, FINDING_FIELDS, UNSPECIFIC, Estimate, Finding, Options, Subject, make_subject
 from circuit_generalization.knockouts import activation_patching, agreement_of_ablations, by_role, noise_of, role_ablation, sigma_ablation
-from circuit_generalization.mediation import direct_effects, expression, instruments_of, mediated, path_patching, random_readers, readers_of
+from circuit_generalization.mediation import counted, direct_effects, expression, instruments_of, mediated, path_patching, random_readers, readers_of
 from circuit_generalization.models import as_bridge, load_model
 from circuit_generalization.protocol_figures import plot_protocol
 from circuit_generalization.protocols import (
@@ -50,7 +50,8 @@ from circuit_generalization.transfers import (
 
 EXACT = Options(positions="listed", ablation="counterfactual", n_random=19)
 QUICK = Options(n_prompts=20, n_random=4)
-PER_TASK = [activation_patching, sigma_ablation, role_ablation, corrupt_restore, corrupt_restore_behavioral, path_patching, dose_response, effect_size]
+PER_TASK = [activation_patching, sigma_ablation, role_ablation, corrupt_restore, corrupt_restore_behavioral, path_patching, dose_response,
+            effect_size]
 
 
 @pytest.fixture(scope="module")
@@ -136,19 +137,25 @@ def test_noise_is_as_strong_as_the_signal_and_none_where_there_is_none():
 
 
 def test_expression_is_one_clean_and_zero_ablated_and_linear_between():
-    clean, ablated = torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    for share in (0.0, 0.25, 1.0, 2.0): assert expression(torch.lerp(ablated, clean, share), clean, ablated)[0] == pytest.approx(share)
-    assert expression(clean, clean, ablated)[1] == 0  # nothing to express
+    clean, ablated = torch.tensor([[3.0, 5.0], [2.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    direction = torch.tensor([[1.0, 0.0], [2.0, 0.0]])  # the second feature does not bear on the answer
+    for share in (0.0, 0.25, 1.0, 2.0):
+        found = expression(torch.lerp(ablated, clean, share), clean, ablated, direction)
+        assert found == pytest.approx(np.full(2, share))
+    other = expression(ablated + torch.tensor([[0.0, 9.0], [0.0, 9.0]]), clean, ablated, direction)
+    assert np.allclose(other, 0)
+    with pytest.raises(InputError, match="does not bear on the answer"): expression(clean, clean, ablated, 0 * direction)
 
 
-def test_what_leaks_either_way_is_not_mediated():
-    templates, whole = [str(i % 10) for i in range(40)], np.full(40, -2.0)
-    for leak in (0.25, -0.25):
-        found = mediated(np.array([whole, whole]), np.array([leak * whole, leak * whole]), templates)
-        assert found.estimate == pytest.approx(0.75) and found.low <= 0.75 + 1e-9 and found.high >= 0.75 - 1e-9
-    noise = np.random.default_rng(0).normal(size=40)
-    wide = mediated(whole[None], (0.01 * whole + 3 * noise)[None], templates)
-    assert wide.high == pytest.approx(1.0) and wide.low < 0.9  # the share of the leak may be zero
+def test_leaks_of_opposite_signs_do_not_make_up_for_each_other():
+    rng, templates = np.random.default_rng(0), [str(i % 10) for i in range(40)]
+    outcomes = np.array([-2 + 0.1 * rng.normal(size=40), -4 + 0.1 * rng.normal(size=40)])
+    sizes = outcomes.mean(1, keepdims=True)
+    for signs in ((1, 1), (1, -1), (-1, -1)):
+        leaks = np.array(signs)[:, None] * np.array([[0.5], [0.25]]) * outcomes / outcomes.mean(1, keepdims=True) * sizes
+        found = mediated(outcomes, leaks, templates)
+        assert found.estimate == pytest.approx(1 - (0.5 + 0.25) / 2, abs=1e-6) and found.low <= found.estimate <= found.high
+    assert counted(np.array([[0.05, 0.05], [-1.0, 0.0]]), np.array([1.0, 1.0])) == [1]
 
 
 def test_a_recovery_of_all_prompts_has_an_interval():
@@ -177,15 +184,15 @@ def test_the_whole_circuit_is_necessary_and_restores(compiled):
     kh, re = (run_protocol(p, compiled, ["ioi"], EXACT, calibrate=False).verdicts[0] for p in ("knockout-hierarchy", "rescue-experiment"))
     assert kh["said"]["activation_patching"].startswith("passes") and kh["said"]["role_ablation"] == "passes"
     assert kh["said"]["sigma_ablation"] == "fails" and kh["verdict"].startswith("partial: necessary only at full removal")  # its heads come in twos
-    assert kh["criteria"] == {"I1": "met", "E7": "not met"}
-    assert "specifically reversible" in re["verdict"] and not re["verdict"].startswith("fails") and re["criteria"] == {"I2": "met", "I7": "met"}
+    assert kh["criteria"] == {"I1": "met, not specific", "E7": "not met"}
+    assert "the deficit is specifically reversible" in re["verdict"] and not re["verdict"].startswith("fails") and re["criteria"]["I2"] == "met"
 
 
 def test_a_circuit_with_a_hole_is_necessary_and_does_not_rescue(compiled):
     hole = replace(compiled_circuit(["duplicate token", "name mover"]), name="hole")
     results = [run_protocol(p, compiled, ["ioi"], EXACT, [hole], calibrate=False) for p in ("knockout-hierarchy", "rescue-experiment")]
     kh, re = (r.verdicts[0] for r in results)
-    assert kh["criteria"]["I1"] == "met" and re["verdict"].startswith("fails") and re["criteria"]["I2"] == "not met"
+    assert kh["criteria"]["I1"].startswith("met") and re["verdict"].startswith("fails") and re["criteria"]["I2"] == "not met"
     pasted = results[1].constituents["corrupt_restore"].findings[0]
     assert pasted.value > 1 and pasted.passed and pasted.verdict == "fails"  # the lens's value cannot see the hole
     rule = convergent_evidence([r.to_dict() for r in results])[0]
@@ -195,8 +202,8 @@ def test_a_circuit_with_a_hole_is_necessary_and_does_not_rescue(compiled):
 def test_one_of_each_pair_is_redundant(compiled):
     spare = replace(without(compiled_circuit(), ["a0.h6", "a1.h5", "a2.h4", "a3.h3"]), name="spare")
     kh, re = (run_protocol(p, compiled, ["ioi"], EXACT, [spare], calibrate=False).verdicts[0] for p in ("knockout-hierarchy", "rescue-experiment"))
-    assert kh["verdict"].startswith("fails: not necessary") and kh["criteria"]["I1"] == "not met"
-    assert re["criteria"]["I2"] == "met"  # it restores what it is not needed for
+    assert kh["verdict"].startswith("fails: knocked out as a whole") and kh["criteria"]["I1"] == "not met"
+    assert re["criteria"]["I2"].startswith("met")  # it restores what it is not needed for
 
 
 def test_decoys_are_neither(compiled):
@@ -215,10 +222,13 @@ def test_an_instrument_that_reaches_the_answer_by_another_route_is_caught(compil
     assert rows["counterfactual prompt"]["leak"] == pytest.approx(1 - share, abs=0.06)
     assert caught.findings[0].verdict.endswith("the exclusion restriction is violated by counterfactual prompt")
     assert passed.findings[0].verdict.startswith("passes") and passed.value > 0.9 and "violated" not in passed.findings[0].verdict
-    quiet_route = two_routes(0.3, 2.0, lengthens=0.0)
+    quiet_route = two_routes(0.8, 2.0, lengthens=0.0)
     claim = replace(part(quiet_route.heads, *FIRST), task="ioi", name="claim")
     verdict = run_protocol("mendelian-randomization", built(quiet_route, compiled), ["ioi"], EXACT, [claim], calibrate=False).verdicts[0]
     assert verdict["verdict"].startswith("fails: the exclusion restriction is violated") and verdict["criteria"]["I9"] == "not met"
+    some = run_protocol("mendelian-randomization", built(construction, compiled), ["ioi"], EXACT, [half], calibrate=False).verdicts[0]
+    assert some["verdict"].startswith("partial") and "the exclusion restriction is violated by" in some["verdict"]
+    assert some["criteria"]["I9"] == "not met"
     reading = {r["instrument"]: r["exclusion"] for r in caught.findings[0].metadata["mendelian"]["rows"]}
     assert reading["counterfactual prompt"] == "leaks"
 
@@ -243,7 +253,7 @@ def test_a_graded_response_and_a_switch(compiled):
     assert np.allclose([r["share"] for r in graded.rows], 1 - np.array(left), atol=0.05)
     doses = np.linspace(0, 1, 1001)
     half = float(np.interp(0.5, 1 - carried(2 * SAID * (1 - doses)) / carried(2 * SAID), doses))
-    assert graded.verdict.startswith("potent") and graded.estimates["ec50"].value == pytest.approx(half, abs=0.08)
+    assert graded.verdict.startswith("potent") and graded.estimates["half_dose"].value == pytest.approx(half, abs=0.04)
     assert switch.verdict.startswith("potent") and switch.metadata["fit"]["slope"] > 4 * graded.metadata["fit"]["slope"]
     assert "between the doses around it" in switch.verdict and switch.metadata["fit"]["ec50"] > 0.8
     assert switch.metadata["harmless_up_to"] >= 0.7 > graded.metadata["harmless_up_to"]
@@ -300,12 +310,16 @@ def test_the_patterns_of_the_lens():
     assert conclude_knockouts(kh).startswith("passes: necessary at every strength")
     assert conclude_knockouts(kh | dict(sigma_ablation="fails")).startswith("partial: necessary only at full removal")
     assert conclude_knockouts(kh | dict(activation_patching="fails")).startswith("fails")
+    assert "Open: role_ablation" in conclude_knockouts(kh | dict(sigma_ablation="fails", role_ablation="not decidable: few"))
+    assert conclude_rescue(dict(corrupt_restore=UNSPECIFIC, corrupt_restore_behavioral="passes",
+                                das_iia="passes")).startswith("passes: the deficit is rev")
     assert conclude_knockouts(kh | dict(role_ablation="not decidable: few")) == "not decidable: role_ablation not decidable: few"
-    assert conclude_knockouts(kh | dict(role_ablation=UNSPECIFIC)).endswith("by role_ablation: this alone does not single the circuit out")
+    assert conclude_knockouts(kh | dict(role_ablation=UNSPECIFIC)).endswith("which would single the circuit out: role_ablation")
     re = dict(corrupt_restore="passes", corrupt_restore_behavioral="passes", das_iia="passes; found: x")
     assert conclude_rescue(re).startswith("passes: the deficit is specifically reversible; and a subspace")
     assert conclude_rescue(re | dict(corrupt_restore_behavioral="fails")).startswith("partial: LD comes back, but the behaviour does not")
-    assert conclude_rescue(re | dict(das_iia="fails: illusion")).startswith("partial") and conclude_rescue(re | dict(corrupt_restore="fails"))[:5] == "fails"
+    assert conclude_rescue(re | dict(das_iia="fails: illusion")).startswith("partial")
+    assert conclude_rescue(re | dict(corrupt_restore="fails")).startswith("fails")
     mr = dict(path_patching="passes", cross_task_transfer="passes", cross_model_invariance="passes")
     assert conclude_mendelian(mr).startswith("passes: strong causal mediation evidence")
     assert "task-specific" in conclude_mendelian(mr | dict(cross_task_transfer="fails"))
@@ -317,12 +331,12 @@ def test_the_patterns_of_the_lens():
 
 
 @pytest.mark.parametrize("full, fall, area, said", [
-    ((0.9, 0.8, 1.0), 0.5, 0.01, "potent and selective"), ((0.9, 0.8, 1.0), 0.5, 0.5, "potent, not selective"),
+    ((0.9, 0.8, 1.0), 0.5, 0.01, "potent and selective"), ((0.9, 0.8, 1.0), 0.5, 0.5, "potent, not shown to be selective"),
     ((0.3, 0.2, 0.4), 0.5, 0.01, "weak target"), ((0.5, 0.4, 0.6), 0.5, 0.01, "not decidable: the interval of the full dose holds"),
     ((0.9, 0.8, 1.0), 0.01, 0.01, "non-monotone")])
 def test_readings_of_a_dose_response(full, fall, area, said):
     estimates = dict(full_dose=Estimate(*full), monotonicity=Estimate(1.0, p_adjusted=fall), area=Estimate(0.5, p_adjusted=area, n_null=99),
-                     ec50=Estimate(0.4, 0.3, 0.5))
+                     ec50=Estimate(0.4, 0.3, 0.5), half_dose=Estimate(0.4, 0.3, 0.5))
     finding = Finding(("t",), 1.0, True, "", estimates, dict(fall=0.1, fall_from=0.2), [], {})
     assert judge_dose_response(finding).startswith(said) and POTENT == 0.5
 
@@ -385,7 +399,7 @@ def test_a_verdict_follows_its_numbers():
     data = json.loads(run_protocol("knockout-hierarchy", "organism-b", ["sva"], QUICK, calibrate=False).to_json())
     before = reread(data)[0]
     data["constituents"]["activation_patching"]["findings"][0]["estimates"]["knockout"] |= dict(value=0.1, low=0.05, high=0.2)
-    assert before["said"]["activation_patching"].startswith("passes") and reread(data)[0]["verdict"].startswith("fails: not necessary")
+    assert before["said"]["activation_patching"].startswith("passes") and reread(data)[0]["verdict"].startswith("fails: knocked out as a whole")
 
 
 def test_what_cannot_be_run_is_named():
@@ -433,9 +447,12 @@ def result_of(code, verdict, task="ioi"):
 
 @pytest.mark.parametrize("verdicts, rule, holds", [
     ({"MB_KH": "passes: x", "MB_RE": "fails: y"}, 0, True), ({"MB_KH": "fails: x", "MB_RE": "fails: y"}, 0, False),
-    ({"MB_KH": "partial: x", "MB_RE": "passes: the deficit is specifically reversible"}, 1, True),
+    ({"MB_KH": "partial: necessary only at x", "MB_RE": "passes: the deficit is reversible"}, 1, True),
+    ({"MB_KH": "partial: necessary as a whole, but on average its roles are not", "MB_RE": "passes: the deficit is reversible"}, 1, False),
+    ({"MB_KH": "partial: necessary only at x", "MB_RE": "fails: y"}, 0, True),
     ({"GN1": "conserved: x", "GN4": "homology: y"}, 2, True), ({"GN1": "not shown", "GN4": "homology: y"}, 2, False),
-    ({"GN2": "coupled, more than random", "GN3": "modular: z"}, 3, True), ({"GN5": "forms in order, as a step; more", "MB_KH": "passes: x"}, 4, True),
+    ({"GN2": "coupled, more than random", "GN3": "modular: z"}, 3, True), ({"GN5": "forms in order, as a step; more", "MB_KH": "passes: x"}, 4,
+                                                                           True),
     ({"MB_RE": "passes: x", "MB_MR": "passes: y"}, 5, True), ({"MB_RE": "passes: x"}, 5, None),
     ({"MB_RE": "not decidable: x", "MB_MR": "passes: y"}, 5, None)])
 def test_rules_over_results(verdicts, rule, holds):
@@ -445,4 +462,9 @@ def test_rules_over_results(verdicts, rule, holds):
 
 
 def test_a_pair_of_tasks_speaks_of_both():
-    assert verdicts_in(result_of("GN1", "x")) == [("m", "ioi", "GN1", "x"), ("m", "sva", "GN1", "x")]
+    assert verdicts_in(result_of("GN1", "x")) == [("m", "ioi", "GN1", "x", ("ioi", "sva")), ("m", "sva", "GN1", "x", ("ioi", "sva"))]
+    other_pair = dict(metric="GN4", models=["m"], findings=[dict(tasks=["ioi", "induction"], metadata={}, verdict="homology: y")])
+    rows = convergent_evidence([result_of("GN1", "conserved: x"), other_pair])
+    assert not any(r["holds"] for r in rows if r["rule"] == "shared computation")  # two different pairs say nothing together
+    with pytest.raises(InputError, match="two results of MB_RE"): convergent_evidence([result_of("MB_RE", "passes: x"), result_of("MB_RE",
+                                                                                                                                  "fails: y")])

@@ -164,7 +164,7 @@ def test_sites_that_make_no_sense_are_refused(tiny, three):
                        (lambda: random_bases(1, (1, 4, 5)), "5 dimensions"), (lambda: random_bases(-1, (1, 4, 1)), "random subspaces"),
                        (lambda: Exchange(tiny, three[0].pairs, "magic"), "no engine"),
                        (lambda: Exchange(tiny, replace(three[0].pairs, counterfactual=None)), "need sources"),
-                       (lambda: best_of([]), "no subspaces")]:
+                       (lambda: best_of([], 32), "no subspaces")]:
         with pytest.raises(InputError, match=said): make()
     assert site_at("a1.h0", "a0.h1").name == "a0.h1 a1.h0" and site_at("m1", kind="stream").name == "stream before layer 1"
 
@@ -364,8 +364,9 @@ def test_candidates_and_choice():
     assert list(candidates(nodes[:1])) == ["a0.h1"] and list(candidates(nodes[:2])) == ["a0.h1", "a0.h2", "circuit"]
 
     def one(right, heads, k, ld): return Subspace(Site(nodes[:heads]), torch.zeros(heads, 4, k), 1, right, ld, 0.0)
-    assert best_of([one(0.8, 1, 1, 9), a := one(0.9, 1, 4, 1), one(0.9, 3, 2, 9)]) is a
-    assert best_of([one(0.9, 1, 2, 1), b := one(0.9, 2, 1, 2)]) is b
+    assert best_of([one(0.8, 1, 1, 9), a := one(0.9, 1, 4, 1), one(0.9, 3, 2, 9)], 10**6) is a
+    assert best_of([one(0.9, 1, 2, 1), b := one(0.9, 2, 1, 2)], 10**6) is b
+    assert best_of([one(1.0, 8, 1, 1), c := one(31 / 32, 1, 1, 1)], 32) is c and best_of([d := one(1.0, 8, 1, 1), one(0.9, 1, 1, 1)], 32) is d
 
 
 def finding(null=99, p=0.01, check="read where it moves", **given):
