@@ -75,7 +75,7 @@ def _scatter(axes: Axes, finding: Mapping, title: str):
     for label, a, b, colour in (("IVW", 0.0, e["ivw"], COLOURS[0]), ("Egger", intercept, e["egger_slope"], COLOURS[1])):
         if isfinite(a + b): axes.plot(x, a + b * x, color=colour, label=f"{label}: {b:.1f}" + (f", intercept {a:.1f}" if label == "Egger" else ""))
     axes.set(xlabel="change of exposure (−1: all of it)", ylabel="change of LD, logits")
-    axes.legend(frameon=False, fontsize=7)
+    if axes.get_legend_handles_labels()[0]: axes.legend(frameon=False, fontsize=7)
 
 
 def _mendelian(data: Data) -> Figure:
