@@ -66,7 +66,7 @@ def _known(code: str) -> str:
 
 def convergent_evidence(
     results: Sequence[Mapping],  # of `to_dict`, of any metrics and protocols
-) -> list[dict]:  # model, task, rule, needs, verdicts, holds (None: not decidable), says
+) -> list[dict]:  # model, task, rule, needs, verdicts, missing (codes), holds (None: not decidable), says
     "Every rule for every task of every model; where two metrics compare tasks, for every pair. Raises `InputError` for two results of one kind."
     found: dict[tuple[str, str], dict[str, dict]] = {}
     for data in results:
@@ -80,7 +80,7 @@ def convergent_evidence(
 def _applied(rule: Rule, model: str, task: str, found: Mapping[str, dict]) -> dict:
     missing = [code for code in rule.needs if code not in found]
     verdicts = {code: list(found.get(code, {}).values()) for code in rule.needs}
-    row = dict(model=model, task=task, rule=rule.name, needs=list(rule.needs), verdicts=verdicts)
+    row = dict(model=model, task=task, rule=rule.name, needs=list(rule.needs), missing=missing, verdicts=verdicts)
     if missing: return row | dict(holds=None, says=f"not decidable: there is no result of {' and '.join(missing)}")
     first, second = rule.needs
     pairs = [{first: a, second: b} for x, a in found[first].items() for y, b in found[second].items() if x == y or len(x) != len(y)]

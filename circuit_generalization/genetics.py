@@ -26,7 +26,7 @@ from .ablation import Ablation
 from .bench import Bench, task_bench
 from .circuit import Circuit, Node, circuit_of, load_circuit
 from .circuit_scorer import POSITIONS
-from .controls import random_circuits
+from .controls import has_others, random_circuits
 from .errors import InputError
 from .forward import engine_of
 from .metrics import ModelFails
@@ -220,8 +220,8 @@ class Subject:
         return dict(prompt_id=labels.prompt_id.tolist(), template=self.bench.templates, ld=self.ld.tolist(), **numbers)
 
     def nulls(self, n: int, seed: int) -> list[Circuit]:
-        "Random circuits with as many heads in each layer, at the same positions."
-        return random_circuits(self.circuit, *self.bench.shape, n, seed)
+        "Random circuits with as many heads in each layer, at the same positions; none where all would be this one."
+        return random_circuits(self.circuit, *self.bench.shape, n if has_others(self.circuit, self.bench.shape[1]) else 0, seed)
 
 # %% ../nbs/w11-genetics.ipynb #0d6e9417
 def make_subject(
@@ -388,4 +388,6 @@ def run_metric(
     used, left_out = what_was_used(subjects, options), mlps if metric.heads_only else ""
     own = ((s.given or s.circuit, model_name(s.model)) for s in subjects)
     notes = tuple(note for circuit, name in own if (note := of_other_weights(circuit, name, used["models"][name])))
+    notes += tuple(f"circuit {s.circuit.name} takes whole layers, so that there are no other heads to compare it with" for s in subjects
+                   if not has_others(s.circuit, s.bench.shape[1]))
     return GeneticsResult(metric, names, concluded(findings, judge), refused, passes_of(stated, counted), used, left_out, notes)

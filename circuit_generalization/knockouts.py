@@ -20,7 +20,7 @@ from jaxtyping import Float
 from .ablation import ABLATIONS, Ablation, Activations, capture, each
 from .circuit import UNNAMED, Circuit, Node
 from .circuit_scorer import ld_under
-from .controls import random_circuits
+from .controls import has_others, random_circuits
 from .dose_curves import area, monotone_test
 from .forward import Edit
 from .genetics import Estimate, Finding, GeneticsResult, Metric, Options, Subject, estimate_of, run_metric, standing
@@ -68,7 +68,7 @@ def heads_with_nulls(
 ) -> list[Circuit]:
     "The circuit's heads, without its MLPs; then random ones."
     heads = replace(subject.circuit, nodes=subject.heads, edges=None)
-    return [heads, *random_circuits(heads, *subject.bench.shape, options.n_random, options.seed)]
+    return [heads, *replace(subject, circuit=heads).nulls(options.n_random, options.seed)]
 
 
 def activation_patching_of(
@@ -139,7 +139,8 @@ def role_ablation_of(
     estimates = {"roles": share_of(drops[:k].mean(0), ld, templates, nulls.mean(0))}
     rows = []
     for (role, nodes), row, drop, null in zip(groups.items(), share_rows(drops[:k], ld, templates), drops, nulls):
-        own = share_of(drop, ld, templates, null)
+        others = has_others(replace(subject.circuit, nodes=nodes, edges=None), shape[1])  # an MLP, or a whole layer, has none to be compared with
+        own = share_of(drop, ld, templates, null if others else None)
         rows.append(dict(kind="role", role=role, heads=[node.name for node in nodes]) | row
                     | dict(null_mean=own.null_mean, null_95=own.null_95, null_p=own.p_value))
     for node, row in zip(listed, share_rows(drops[k:k + len(listed)], ld, templates)):

@@ -79,11 +79,16 @@ def print_protocol(
             a = v["agreement"]
             print(f"    how alike the three interventions rank the {len(a['heads'])} heads: W = {a['w']:.2f}, p = {a['p_value']:.2g}")
     rows = [[_who(r["model"], r["task"], several), r["metric"], r["calibration"], _number(r["mean"]), _number(r["sd"]), _number(r["low"]),
-             _number(r["high"])]
+             _number(r["high"]), str(r["n"])]
             for r in data["calibrations"] if r["n"]]
-    if rows: print_table("\nCalibrations", ["", "metric", "calibration", "mean", "sd", "low", "high"], rows, ["metric", "calibration"])
-    for note in dict.fromkeys(f"{r['metric']}, {r['calibration']}, {r['task']}: {r['note']}" for r in data["calibrations"] if not r["n"]):
-        print(textwrap.fill(f"No {note}.", 120))
+    if rows: print_table("\nCalibrations", ["", "metric", "calibration", "mean", "sd", "low", "high", "n"], rows, ["metric", "calibration"])
+    missing: dict[tuple[str, str, str], list[str]] = {}
+    for r in data["calibrations"]:
+        if not r["n"]: missing.setdefault((r["metric"], r["note"], r["task"]), []).append(r["calibration"])
+    merged: dict[tuple[str, str, str], list[str]] = {}
+    for (metric, why, task), kinds in missing.items(): merged.setdefault((metric, ", ".join(kinds), why), []).append(task)
+    for (metric, kinds, why), tasks in merged.items():
+        print(textwrap.fill(f"Not calibrated: {metric} ({kinds}; {', '.join(dict.fromkeys(tasks))}): {why}.", 120, subsequent_indent="    "))
     for task, why in data["refused"].items(): print(f"Refused: {task}, since {why}.")
     for line in dict.fromkeys(x for one in data["constituents"].values() for x in (*one["notes"], *([f"left out: {one['left_out']}"]
                                                                                                     if one["left_out"] else []))):
@@ -118,8 +123,14 @@ def run_evidence(
     rows = convergent_evidence([read_result(path) for path in args.results])
     if not rows: raise InputError(f"nothing was measured in {', '.join(map(str, args.results))}: all tasks were refused")
     several = len({r["model"] for r in rows}) > 1
-    shown = [[_who(r["model"], r["task"], several), r["rule"], {True: "holds", False: "no", None: "open"}[r["holds"]], r["says"]] for r in rows]
-    print_table("What the results say together", ["", "rule", "", "says"], shown, ["rule", "", "says"])
+    words = {True: "holds", False: "no", None: "open"}
+    shown = [[_who(r["model"], r["task"], several), r["rule"], words[r["holds"]], r["says"]] for r in rows if not r["missing"]]
+    if shown: print_table("What the results say together", ["", "rule", "", "says"], shown, ["rule", "", "says"])
+    missing: dict[tuple[str, ...], list[str]] = {}
+    for r in rows:
+        if r["missing"]: missing.setdefault((r["rule"], *r["missing"]), []).append(_who(r["model"], r["task"], several))
+    for (rule, *codes), about in missing.items():
+        print(textwrap.fill(f"Not asked: {rule} ({', '.join(about)}); there is no result of {' and '.join(codes)}.", 120, subsequent_indent="    "))
     if args.out:
         write_text_atomically(args.out, json.dumps(rows, indent=1) + "\n")
         print(f"Wrote {args.out}.")
