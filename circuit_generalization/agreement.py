@@ -37,6 +37,7 @@ class Agreement(Task):
     "Subject–verb agreement."
 
     name, file, what, kept = "sva", "sva.json", "subject–verb agreement across an attractor", ("nouns", "numbers", "insert")
+    drawn = ("nouns",)
     role_tokens = reading_order = ("SUBJ", "SUBJ+1", "ATTR-1", "END")  # the attractor itself is the last word of most prompts
     role_names = {("SUBJ+1", "SUBJ"): "previous token", ("ATTR-1", "SUBJ"): "subject reader", ("END", "SUBJ"): "subject reader",  # noqa: RUF012
                   ("END", "SUBJ+1"): "relay reader", ("END", "ATTR-1"): "relay reader", ("ATTR-1", "SUBJ+1"): "relay reader"}

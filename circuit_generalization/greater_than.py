@@ -35,6 +35,7 @@ class GreaterThan(Task):
     "Later years."
 
     name, file, what = "greater_than", "greater_than.json", "a later year of the century (Hanna et al., 2023)"
+    drawn = ("event",)
     kept, shows_probability = ("event", "century", "year", "insert"), True
     role_tokens = reading_order = ("EVENT", "XX1", "YY", "YY+1", "END")
     role_names = {("END", "YY"): "year reader", ("END", "YY+1"): "relay reader", ("YY+1", "YY"): "previous token",  # noqa: RUF012

@@ -78,6 +78,7 @@ class Ioi(Task):
     "Indirect object identification."
 
     name, file, what, kept = "ioi", "ioi.json", "indirect object identification (Wang et al., 2022)", ("names", "insert")
+    drawn = ("names", "place", "object")
     role_tokens = ("IO", "IO+1", "S1", "S1+1", "S2", "S2+1", "END-2", "END")
     reading_order = ("IO", "S1", "IO+1", "S1+1", "S2", "S2+1", "END-2", "END")
 

@@ -13,6 +13,7 @@ class Repetition(Task):
     "Induction: repeated random words."
 
     name, file, what, kept = "induction", "induction.json", "what followed the last time (Olsson et al., 2022)", ("words", "insert")
+    drawn = ("words",)
     role_tokens = reading_order = ("A1", "B1", "B1+1", "D1", "END")
     role_names = {("B1", "A1"): "previous token", ("B1+1", "B1"): "previous token", ("B1+1", "A1"): "token before last",  # noqa: RUF012
                   ("END", "B1"): "induction", ("END", "B1+1"): "late induction", ("END", "A1"): "duplicate token",

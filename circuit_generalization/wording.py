@@ -117,6 +117,7 @@ class Task:
     file: str  # of its templates and variants, in the package's data
     what: str  # one line for a list of tasks
     kept: tuple[str, ...] = ()  # choices that become labels, as text; `like` reads them
+    drawn: tuple[str, ...] = ()  # choices that are words, or lists of different words, drawn from a hand
     shows_probability: bool = False  # its usual metric is P(answers) - P(distractors), which is shown beside LD
     role_tokens: tuple[str, ...] = ()  # role positions where a discovery looks for effects, and which heads may read
     reading_order: tuple[str, ...] = ()  # the same from left to right
