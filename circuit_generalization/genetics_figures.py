@@ -39,12 +39,11 @@ def canvas(
     subtitle: str,  # of the first panel
     columns: int = 1,
     rows: int = 1,
-    height_ratios: Sequence[float] | None = None,  # of the rows
 ) -> tuple[Figure, np.ndarray]:  # figure, panels [row, column]
     "An empty figure in the lens's style."
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    panels = figure.subplots(rows, columns, squeeze=False, height_ratios=height_ratios)
+    panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat: axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_title(subtitle, loc="left", fontsize=9, color="#555555", pad=8)
     return figure, panels

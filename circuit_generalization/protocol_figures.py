@@ -6,6 +6,7 @@
 __all__ = ['READ', 'THRESHOLD', 'LEFT_OUT', 'PROTOCOL_FIGURES', 'plot_protocol', 'save_protocol_figure']
 
 # %% ../nbs/w13b-protocol-figures.ipynb #a5f7ca44
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil, isfinite
 from pathlib import Path
@@ -73,7 +74,9 @@ def _rescue(data: Data) -> Figure: return _forests(data, PROTOCOLS["rescue-exper
 def _scatter(axes: Axes, finding: Mapping, title: str):
     statistics = finding["metadata"]["mendelian"]
     axes.set_title(title, fontsize=9, loc="left")
-    if statistics is None: return
+    if statistics is None:
+        axes.text(0.5, 0.5, textwrap.fill(finding["estimates"]["mediated"]["how"], 30), ha="center", va="center", fontsize=8, color="#555555")
+        return axes.set(xticks=[], yticks=[])
     points = [{k: number(r.get(k)) if k != "instrument" else r[k] for k in ("instrument", "x_effect", "y_effect", "x_effect_low", "x_effect_high",
                                                                             "y_effect_low", "y_effect_high")} for r in statistics["rows"]]
     def ends(p, k): return [[p[k] - p[f"{k}_low"]], [p[f"{k}_high"] - p[k]]]
@@ -100,15 +103,18 @@ LEFT_OUT = Line2D([], [], color="#999999", marker="o", markerfacecolor="white", 
 def _mendelian(data: Data) -> Figure:
     found = data["constituents"]["path_patching"]["findings"]
     others = [(name, rows) for name in PROTOCOLS["mendelian-randomization"].assays if (rows := _rows_of(data, name))]
-    columns = min(4, max(len(found), len(others)))
-    lines = ceil(len(found) / columns)
-    tall = [3.8] * lines + [1.2 + 0.32 * max(len(rows) for _, rows in others)]
-    figure, axes = canvas(4.6 * columns, sum(tall) + 0.4, _title(data), "", columns, lines + 1, height_ratios=tall)
-    for ax, f in zip(axes[:lines].flat, found): _scatter(ax, f, _who(f, len(data["models"]) > 1))
-    for ax in axes[:lines].flat[len(found):]: ax.set_visible(False)
-    for ax, (name, rows) in zip(axes[lines:].flat, others): _threshold_forest(ax, data, name, rows)
-    for ax in axes[lines:].flat[len(others):]: ax.set_visible(False)
-    figure.legend(handles=[*KEY, THRESHOLD], loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    columns = min(4, len(found))
+    lines, several = ceil(len(found) / columns), len(data["models"]) > 1
+    heights = [3.4 * lines, 1.6 + 0.27 * max(len(rows) for _, rows in others)]
+    figure = Figure(figsize=(max(3.6 * columns, 5.6 * len(others)), sum(heights) + 0.4), layout="constrained", facecolor="white")
+    figure.suptitle(_title(data), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    panels = above.subplots(lines, columns, squeeze=False)
+    for ax, f in zip(panels.flat, found): _scatter(ax, f, _who(f, several))
+    for ax in panels.flat[len(found):]: ax.set_visible(False)
+    for ax, (name, rows) in zip(below.subplots(1, len(others), squeeze=False).flat, others): _threshold_forest(ax, data, name, rows)
+    for ax in [*above.axes, *below.axes]: ax.spines[["top", "right"]].set_visible(False)
+    below.legend(handles=[*KEY, THRESHOLD], loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 # %% ../nbs/w13b-protocol-figures.ipynb #f9dd5d9a
@@ -127,7 +133,7 @@ def _doses(data: Data) -> Figure:
         x = np.linspace(0, 1, 101)
         fitted = hill(x, fit["bottom"], fit["top"], fit["ec50"], fit["slope"]) if isfinite(fit["ec50"]) else np.full(len(x), np.nan)
         ax.plot(x, fitted, color=COLOURS[0], linewidth=1, label="Hill curve")
-        ax.set_title(f"{_who(f, len(data['models']) > 1)}: {f['verdict']}", fontsize=7, loc="left", wrap=True)
+        ax.set_title(textwrap.fill(f"{_who(f, len(data['models']) > 1)}: {f['verdict']}", 56), fontsize=7, loc="left")
         ax.set(xlabel="dose: share replaced", ylabel="share of LD lost")
     axes[0, 0].legend(frameon=False, fontsize=7)
     return figure
