@@ -6,7 +6,7 @@
 __all__ = ['Target', 'TARGETS', 'SHUFFLES', 'TOLERANCE', 'SCRUB_FIELDS', 'WORDS', 'POOL', 'OWN_PROMPTS', 'shuffled',
            'recovered_interval', 'ScrubResult', 'scrub_prompts', 'check_rewrite', 'scrub']
 
-# %% ../nbs/w14e-causal-scrubbing.ipynb #c0644a2d
+# %% ../nbs/w14e-causal-scrubbing.ipynb #1133c3c4
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +24,7 @@ from .hypotheses import Hypothesis, describe, hypothesis_to_dict, load_hypothesi
 from .metrics import answer_probability, kl_divergence, logit_difference
 from .models import as_bridge, model_hash, model_name
 from .passes import counted_passes
-from .prompts import PromptSet, prompts_hash
+from .prompts import PromptSet, concat_prompts, prompts_hash
 from .resampling import FEATURES, Drawn, Feature, class_sizes, entropy
 from .scrubbing_engine import Scrubber
 from .stats import Interval, cluster_bootstrap_t, cluster_interval, ratio_interval
@@ -115,10 +115,10 @@ class ScrubResult:
 
     def to_json(self) -> str: return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
-# %% ../nbs/w14e-causal-scrubbing.ipynb #b2a1c8e4
-WORDS = 6  # different names and words that generated prompts are made of; repeated words need more
+# %% ../nbs/w14e-causal-scrubbing.ipynb #2e2579c6
+WORDS = 5  # different names and words that generated prompts are made of; repeated words need more
 POOL = 4  # prompts to draw from for each reference, at most _LARGEST
-_LARGEST = 4000
+_LARGEST = 6000
 
 
 def scrub_prompts(
@@ -128,10 +128,15 @@ def scrub_prompts(
     seed: int = 0,
     variant: str = "base",
     words: int | None = None,  # None: `WORDS`; for repeated random words 20
+    untold: bool = True,  # the second half are prompts in which nothing tells the answer
 ) -> PromptSet:
-    "Prompts that share words. Raises `TaskError`."
-    axis = find_task(task).data["variants"].get(variant, {}).get("axis", "base")
-    return make_prompts(task, axis, variant, n, seed, tokenizer, words=words or (20 if task == "induction" else WORDS))
+    "Prompts that share words, with a label `informative`. Raises `TaskError`."
+    axis, most = find_task(task).data["variants"].get(variant, {}).get("axis", "base"), words or (20 if task == "induction" else WORDS)
+    def made(k, informative):
+        some = make_prompts(task, axis, variant, k, seed, tokenizer, words=most, informative=informative)
+        return replace(some, labels=some.labels.assign(informative=informative))
+    if not untold: return made(n, True)
+    return concat_prompts([made(n - n // 2, True), made(n // 2, False)])
 
 
 def _unexchanged(drawn: Drawn) -> Drawn:
@@ -183,7 +188,7 @@ def scrub(
     if n < 1 or n_draws < 1: raise InputError(f"{n} prompts and {n_draws} draws: at least one of each is needed")
     if isinstance(target, str) and target not in TARGETS: raise InputError(f"no target {target!r}: there is {', '.join(TARGETS)}")
     if prompts is None: prompts = _generated(bridge, h, n, seed, variant)
-    n = min(n, len(prompts))
+    n = min(n, int(prompts.labels.informative.sum()) if "informative" in prompts.labels else len(prompts))
     with counted_passes() as counted:
         scrubber = Scrubber(bridge, prompts, h, features, np.arange(n, len(prompts)) if len(prompts) > n else None)
         check_rewrite(scrubber)
@@ -201,7 +206,7 @@ def _generated(bridge, h: Hypothesis, n: int, seed: int, variant: str) -> Prompt
     if not h.task: raise InputError(f"hypothesis {h.name!r} names no task: give prompts")
     if h.task in OWN_PROMPTS: return OWN_PROMPTS[h.task](max(n, min(POOL * n, _LARGEST)), seed)
     if bridge.tokenizer is None: raise InputError(f"model {model_name(bridge)!r} has no tokenizer, and prompts are text: give prompts")
-    return scrub_prompts(h.task, max(n, min(POOL * n, _LARGEST)), bridge.tokenizer, seed, variant)
+    return scrub_prompts(h.task, max(2 * n, min(POOL * n, _LARGEST)), bridge.tokenizer, seed, variant)
 
 
 OWN_PROMPTS: dict[str, Callable[[int, int], PromptSet]] = {}  # task → (n, seed) → prompts; of models that read no text

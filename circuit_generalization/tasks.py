@@ -113,7 +113,7 @@ def _as_prompt_set(rows: list[dict], labels: pd.DataFrame, tokenizer, bos: bool)
 def _row(task: Task, choices: dict, tokenizer, informative: bool = True) -> dict:
     return task.realise(choices, tokenizer, informative) | dict(template=f"{choices['templates']}-{choices['template']:02d}")
 
-# %% ../nbs/w04b6-tasks.ipynb #db035e53
+# %% ../nbs/w04b6-tasks.ipynb #81658a5c
 def _label(value) -> str: return " ".join(map(_label, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -128,6 +128,7 @@ def make_prompts(
     bos: bool = False,  # put a BOS token before each prompt
     receivers: dict[str, str] | None = None,  # 'ioi' only: object → the name of who gets it, in place of a drawn one
     words: int | None = None,  # draw each prompt's names and words from this many, so that many prompts share one; None: from all
+    informative: bool = True,  # False: the same prompts, but nothing in them tells the answer
 ) -> PromptSet:
     "Prompts of a variant, each the matched pair of the base prompt with its `base_id`. Raises `TaskError`, `PromptError`."
     spec, made = variant_spec(task, axis, variant), find_task(task)
@@ -141,8 +142,8 @@ def make_prompts(
         if words < 1: raise TaskError(f"words is {words}: at least one is needed")
         if spec.get("names") == "same_initial": raise TaskError(f"{variant!r} draws names by their initial, not from a short list: leave words out")
         chosen = few_words(made, chosen, words, tokenizer, (task, seed, split))
-    few = "" if words is None else f"-w{words}"
-    rows = [_row(made, c, tokenizer) for c in chosen]
+    few = ("" if words is None else f"-w{words}") + ("" if informative else "-u")
+    rows = [_row(made, c, tokenizer, informative) for c in chosen]
     labels = pd.DataFrame({"prompt_id": [f"{task}-{variant}-{split}-{seed}{few}-{i:05d}" for i in range(n)],
                            "base_id": [f"{task}-base-{split}-{seed}{few}-{i:05d}" for i in range(n)], "task": task, "axis": axis,
                            "variant": variant, "base_template": [f"base-{i % len(made.templates('base')):02d}" for i in range(n)]}
