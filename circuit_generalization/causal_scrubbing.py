@@ -6,7 +6,7 @@
 __all__ = ['Target', 'TARGETS', 'SHUFFLES', 'TOLERANCE', 'SCRUB_FIELDS', 'WORDS', 'POOL', 'OWN_PROMPTS', 'shuffled',
            'recovered_interval', 'ScrubResult', 'scrub_prompts', 'check_rewrite', 'scrub']
 
-# %% ../nbs/w14e-causal-scrubbing.ipynb #1133c3c4
+# %% ../nbs/w14e-causal-scrubbing.ipynb #aebd7664
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +18,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from .cone import CleanRun
 from .errors import InputError
 from .genetics import plain
 from .hypotheses import Hypothesis, describe, hypothesis_to_dict, load_hypothesis
@@ -115,7 +116,7 @@ class ScrubResult:
 
     def to_json(self) -> str: return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
-# %% ../nbs/w14e-causal-scrubbing.ipynb #2e2579c6
+# %% ../nbs/w14e-causal-scrubbing.ipynb #236bf6f9
 WORDS = 5  # different names and words that generated prompts are made of; repeated words need more
 POOL = 4  # prompts to draw from for each reference, at most _LARGEST
 _LARGEST = 6000
@@ -181,6 +182,7 @@ def scrub(
     features: Mapping[str, Feature] = FEATURES,
     device: str = "cpu",
     progress: Callable[[int, int, str], None] | None = None,
+    run: CleanRun | None = None,  # of these prompts, for several hypotheses; None: it is made
 ) -> ScrubResult:
     "Test a hypothesis. Raises `HypothesisError`, `InputError`."
     bridge = as_bridge(model, device=device)
@@ -190,7 +192,7 @@ def scrub(
     if prompts is None: prompts = _generated(bridge, h, n, seed, variant)
     n = min(n, int(prompts.labels.informative.sum()) if "informative" in prompts.labels else len(prompts))
     with counted_passes() as counted:
-        scrubber = Scrubber(bridge, prompts, h, features, np.arange(n, len(prompts)) if len(prompts) > n else None)
+        scrubber = Scrubber(bridge, prompts, h, features, np.arange(n, len(prompts)) if len(prompts) > n else None, run)
         check_rewrite(scrubber)
         clean, seen = scrubber.run.unembed(scrubber.run.kept.final[:n]), []
         for d in range(n_draws):
