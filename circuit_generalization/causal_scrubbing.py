@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Target', 'TARGETS', 'SHUFFLES', 'TOLERANCE', 'SCRUB_FIELDS', 'WORDS', 'POOL', 'OWN_PROMPTS', 'shuffled',
-           'recovered_interval', 'ScrubResult', 'scrub_prompts', 'check_rewrite', 'scrub']
+           'recovered_interval', 'ScrubResult', 'scrub_prompts', 'check_rewrite', 'scrub', 'pool_size', 'prompts_for',
+           'stated_passes', 'scrub_variants']
 
-# %% ../nbs/w14e-causal-scrubbing.ipynb #aebd7664
+# %% ../nbs/w14e-causal-scrubbing.ipynb #cd253c52
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,20 @@ from .genetics import plain
 from .hypotheses import Hypothesis, describe, hypothesis_to_dict, load_hypothesis
 from .metrics import answer_probability, kl_divergence, logit_difference
 from .models import as_bridge, model_hash, model_name
-from .passes import counted_passes
+from .passes import counted_passes, uncounted
 from .prompts import PromptSet, concat_prompts, prompts_hash
 from .resampling import FEATURES, Drawn, Feature, class_sizes, entropy
 from .scrubbing_engine import Scrubber
-from .stats import Interval, cluster_bootstrap_t, cluster_interval, ratio_interval
-from .tasks import find_task, make_prompts
+from circuit_generalization.stats import (
+    Interval,
+    benjamini_hochberg,
+    cluster_bootstrap_t,
+    cluster_interval,
+    difference_p_value,
+    paired_difference,
+    ratio_interval,
+)
+from .tasks import TASKS, find_task, list_variants, make_prompts
 
 # %% ../nbs/w14e-causal-scrubbing.ipynb #12ea5800
 Target = Callable[[Float[Tensor, "prompt vocab"], PromptSet], Float[Tensor, " prompt"]]
@@ -116,7 +125,7 @@ class ScrubResult:
 
     def to_json(self) -> str: return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
-# %% ../nbs/w14e-causal-scrubbing.ipynb #236bf6f9
+# %% ../nbs/w14e-causal-scrubbing.ipynb #bd46248c
 WORDS = 5  # different names and words that generated prompts are made of; repeated words need more
 POOL = 4  # prompts to draw from for each reference, at most _LARGEST
 _LARGEST = 6000
@@ -189,11 +198,11 @@ def scrub(
     h = hypothesis if isinstance(hypothesis, Hypothesis) else load_hypothesis(hypothesis)
     if n < 1 or n_draws < 1: raise InputError(f"{n} prompts and {n_draws} draws: at least one of each is needed")
     if isinstance(target, str) and target not in TARGETS: raise InputError(f"no target {target!r}: there is {', '.join(TARGETS)}")
-    if prompts is None: prompts = _generated(bridge, h, n, seed, variant)
+    if prompts is None: prompts = prompts_for(bridge, h, n, seed, variant)
     n = min(n, int(prompts.labels.informative.sum()) if "informative" in prompts.labels else len(prompts))
     with counted_passes() as counted:
         scrubber = Scrubber(bridge, prompts, h, features, np.arange(n, len(prompts)) if len(prompts) > n else None, run)
-        check_rewrite(scrubber)
+        with uncounted(): check_rewrite(scrubber)
         clean, seen = scrubber.run.unembed(scrubber.run.kept.final[:n]), []
         for d in range(n_draws):
             if progress: progress(d, n_draws, f"scrubbing {h.name}")
@@ -204,11 +213,34 @@ def scrub(
     return _result(h, scrubber, prompts[:n], clean, seen, function, settings, dict(whole=counted.whole, edited=counted.edited))
 
 
-def _generated(bridge, h: Hypothesis, n: int, seed: int, variant: str) -> PromptSet:
+def pool_size(n: int) -> int:
+    "Prompts that are generated for n references."
+    return max(2 * n, min(POOL * n, _LARGEST))
+
+
+def prompts_for(
+    bridge,  # a TransformerBridge
+    h: Hypothesis,
+    n: int,  # references
+    seed: int = 0,
+    variant: str = "base",
+) -> PromptSet:
+    "Prompts of the hypothesis's task. Raises `InputError` where there are none for this model."
     if not h.task: raise InputError(f"hypothesis {h.name!r} names no task: give prompts")
-    if h.task in OWN_PROMPTS: return OWN_PROMPTS[h.task](max(n, min(POOL * n, _LARGEST)), seed)
+    if h.task in OWN_PROMPTS: return OWN_PROMPTS[h.task](pool_size(n), seed)
     if bridge.tokenizer is None: raise InputError(f"model {model_name(bridge)!r} has no tokenizer, and prompts are text: give prompts")
-    return scrub_prompts(h.task, max(2 * n, min(POOL * n, _LARGEST)), bridge.tokenizer, seed, variant)
+    return scrub_prompts(h.task, pool_size(n), bridge.tokenizer, seed, variant)
+
+
+def stated_passes(
+    h: Hypothesis,
+    n: int,  # references
+    n_draws: int,
+    n_pool: int,
+) -> dict[str, int]:  # as `SCRUB_FIELDS` has them
+    "What a run costs."
+    computed = sum(len(c.components) for _, c in h.walk() if c.reads is not None)
+    return dict(whole=n_pool, edited=n * n_draws * (1 + computed))
 
 
 OWN_PROMPTS: dict[str, Callable[[int, int], PromptSet]] = {}  # task → (n, seed) → prompts; of models that read no text
@@ -234,3 +266,49 @@ def _result(h, scrubber, references, clean, seen, target, settings, passes) -> S
     return ScrubResult(h, settings, recovered_interval(scrubbed, model, base, templates, settings["seed"]),
                        dict(scrubbed=float(scrubbed.mean()), model=float(model.mean()), shuffled=float(base.mean())), distances, bits,
                        class_sizes(scrubber.resampler), passes, pd.DataFrame(rows))
+
+# %% ../nbs/w14e-causal-scrubbing.ipynb #43de7953
+def scrub_variants(
+    model,  # a name, a folder, a TransformerBridge or a Hugging Face model
+    hypothesis: Hypothesis | str | Path,
+    variants: Sequence[str],  # of the hypothesis's task
+    n: int = 500,
+    seed: int = 0,
+    target: str | Target = "loss",
+    n_draws: int = 1,
+    device: str = "cpu",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[ScrubResult, pd.DataFrame]:  # of the base; a row a variant, base first; `attrs["refused"]`: variants that could not be asked, and why
+    "A hypothesis on base prompts and on variants. Raises `HypothesisError`, `InputError`."
+    bridge = as_bridge(model, device=device)
+    h = hypothesis if isinstance(hypothesis, Hypothesis) else load_hypothesis(hypothesis)
+    known = list_variants(h.task).variant.tolist() if h.task in TASKS else []
+    odd = [v for v in variants if v not in known]
+    if odd: raise InputError(f"task {h.task!r} has no variant {odd[0]!r}" + (f": there is {', '.join(known)}" if known else ""))
+    results, refused = {}, {}
+    every = list(dict.fromkeys(["base", *variants]))
+    for done, variant in enumerate(every):
+        if progress: progress(done, len(every), f"scrubbing {variant}")
+        try: results[variant] = scrub(bridge, h, None, n, seed, target, n_draws, variant)
+        except InputError as e:
+            if variant == "base": raise
+            refused[variant] = str(e)
+    rows = [_variant_row(v, r, results["base"]) for v, r in results.items()]
+    table = pd.DataFrame(rows)
+    table["p_adjusted"] = [nan, *benjamini_hochberg(table.p_value.to_numpy()[1:])]
+    table.attrs["refused"] = refused
+    return results["base"], table
+
+
+def _variant_row(variant: str, result: ScrubResult, base: ScrubResult) -> dict:
+    "Recovered, explained, and the paired difference."
+    own, r = result.per_prompt, result.recovered
+    right = own.ld_model > 0
+    row = dict(variant=variant, n=len(own), right=float(right.mean()), recovered=r.estimate, low=r.low, high=r.high,
+               explained=float(own.explained[right].mean()) if right.any() else nan)
+    both = own[right].merge(base.per_prompt[base.per_prompt.ld_model > 0], on="base_id", suffixes=("", "_base"))
+    if variant == "base" or both.empty: return row | dict(n_pairs=len(both), difference=nan, difference_low=nan, difference_high=nan, p_value=nan)
+    a, b, clusters = both.explained.to_numpy(), both.explained_base.to_numpy(), both.template_base.tolist()
+    d = paired_difference(a, b, clusters, kind="mean")
+    return row | dict(n_pairs=len(both), difference=d.estimate, difference_low=d.low, difference_high=d.high,
+                      p_value=difference_p_value(a, b, clusters, kind="mean"))

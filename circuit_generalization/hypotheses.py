@@ -198,7 +198,7 @@ def describe(
 
 Hypothesis.__str__ = describe
 
-# %% ../nbs/w14b-hypotheses.ipynb #f1673fa0
+# %% ../nbs/w14b-hypotheses.ipynb #e259fecb
 def _listed(x, what: str, where: str) -> tuple[str, ...]:
     if isinstance(x, str): return (x,)
     if isinstance(x, Sequence) and all(isinstance(i, str | int) for i in x): return tuple(map(str, x))
@@ -283,7 +283,8 @@ def save_hypothesis(
 ):
     "Write one."
     data = hypothesis_to_dict(h)
-    text = json.dumps(data, indent=1) + "\n" if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    if path.suffix == ".json": text = json.dumps(data, indent=1) + "\n"
+    else: text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
     write_text_atomically(path, text)
 
 # %% ../nbs/w14b-hypotheses.ipynb #7841927b
