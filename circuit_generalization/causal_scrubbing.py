@@ -125,10 +125,9 @@ class ScrubResult:
 
     def to_json(self) -> str: return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
-# %% ../nbs/w14e-causal-scrubbing.ipynb #bd46248c
+# %% ../nbs/w14e-causal-scrubbing.ipynb #d91cfabb
 WORDS = 5  # different names and words that generated prompts are made of; repeated words need more
-POOL = 4  # prompts to draw from for each reference, at most _LARGEST
-_LARGEST = 6000
+POOL = 4000  # prompts that are generated to draw from: pairs of names need that many, or most draws return the prompt itself
 
 
 def scrub_prompts(
@@ -188,6 +187,7 @@ def scrub(
     target: str | Target = "loss",  # one of `TARGETS`, or a function
     n_draws: int = 1,  # trees a reference prompt
     variant: str = "base",  # of generated prompts
+    pool: int | None = None,  # how many are generated; None: `POOL`
     features: Mapping[str, Feature] = FEATURES,
     device: str = "cpu",
     progress: Callable[[int, int, str], None] | None = None,
@@ -198,12 +198,12 @@ def scrub(
     h = hypothesis if isinstance(hypothesis, Hypothesis) else load_hypothesis(hypothesis)
     if n < 1 or n_draws < 1: raise InputError(f"{n} prompts and {n_draws} draws: at least one of each is needed")
     if isinstance(target, str) and target not in TARGETS: raise InputError(f"no target {target!r}: there is {', '.join(TARGETS)}")
-    if prompts is None: prompts = prompts_for(bridge, h, n, seed, variant)
+    if prompts is None: prompts = prompts_for(bridge, h, n, seed, variant, pool)
     n = min(n, int(prompts.labels.informative.sum()) if "informative" in prompts.labels else len(prompts))
     with counted_passes() as counted:
         scrubber = Scrubber(bridge, prompts, h, features, np.arange(n, len(prompts)) if len(prompts) > n else None, run)
-        with uncounted(): check_rewrite(scrubber)
         clean, seen = scrubber.run.unembed(scrubber.run.kept.final[:n]), []
+        with uncounted(): check_rewrite(scrubber)
         for d in range(n_draws):
             if progress: progress(d, n_draws, f"scrubbing {h.name}")
             seen.append(scrubber.logits(scrubber.resampler.draw(np.arange(n), seed + d)))
@@ -213,9 +213,12 @@ def scrub(
     return _result(h, scrubber, prompts[:n], clean, seen, function, settings, dict(whole=counted.whole, edited=counted.edited))
 
 
-def pool_size(n: int) -> int:
-    "Prompts that are generated for n references."
-    return max(2 * n, min(POOL * n, _LARGEST))
+def pool_size(
+    n: int,  # references
+    pool: int | None = None,  # asked for; None: `POOL`
+) -> int:
+    "Prompts that are generated: at least twice the references, since half of them tell nothing."
+    return max(2 * n, POOL if pool is None else pool)
 
 
 def prompts_for(
@@ -224,12 +227,13 @@ def prompts_for(
     n: int,  # references
     seed: int = 0,
     variant: str = "base",
+    pool: int | None = None,  # how many; None: `POOL`
 ) -> PromptSet:
     "Prompts of the hypothesis's task. Raises `InputError` where there are none for this model."
     if not h.task: raise InputError(f"hypothesis {h.name!r} names no task: give prompts")
-    if h.task in OWN_PROMPTS: return OWN_PROMPTS[h.task](pool_size(n), seed)
+    if h.task in OWN_PROMPTS: return OWN_PROMPTS[h.task](pool_size(n, pool), seed)
     if bridge.tokenizer is None: raise InputError(f"model {model_name(bridge)!r} has no tokenizer, and prompts are text: give prompts")
-    return scrub_prompts(h.task, pool_size(n), bridge.tokenizer, seed, variant)
+    return scrub_prompts(h.task, pool_size(n, pool), bridge.tokenizer, seed, variant)
 
 
 def stated_passes(
@@ -267,7 +271,7 @@ def _result(h, scrubber, references, clean, seen, target, settings, passes) -> S
                        dict(scrubbed=float(scrubbed.mean()), model=float(model.mean()), shuffled=float(base.mean())), distances, bits,
                        class_sizes(scrubber.resampler), passes, pd.DataFrame(rows))
 
-# %% ../nbs/w14e-causal-scrubbing.ipynb #43de7953
+# %% ../nbs/w14e-causal-scrubbing.ipynb #b6b5a4a0
 def scrub_variants(
     model,  # a name, a folder, a TransformerBridge or a Hugging Face model
     hypothesis: Hypothesis | str | Path,
@@ -276,6 +280,7 @@ def scrub_variants(
     seed: int = 0,
     target: str | Target = "loss",
     n_draws: int = 1,
+    pool: int | None = None,  # prompts that are generated; None: `POOL`
     device: str = "cpu",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[ScrubResult, pd.DataFrame]:  # of the base; a row a variant, base first; `attrs["refused"]`: variants that could not be asked, and why
@@ -289,7 +294,7 @@ def scrub_variants(
     every = list(dict.fromkeys(["base", *variants]))
     for done, variant in enumerate(every):
         if progress: progress(done, len(every), f"scrubbing {variant}")
-        try: results[variant] = scrub(bridge, h, None, n, seed, target, n_draws, variant)
+        try: results[variant] = scrub(bridge, h, None, n, seed, target, n_draws, variant, pool)
         except InputError as e:
             if variant == "base": raise
             refused[variant] = str(e)

@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'print_generalization', 'print_scores', 'run_models', 'run_circuits', 'run_tasks', 'run_measure',
            'run_score', 'run_compare', 'run_discover', 'run_train', 'build_parser', 'one_line', 'main']
 
-# %% ../nbs/w09c-command-line.ipynb #6430fa5e
+# %% ../nbs/w09c-command-line.ipynb #8ab9a115
 import math
 import os
 import sys
@@ -17,6 +17,7 @@ from . import __version__
 from .errors import InputError
 from .genetics_commands import GENETICS
 from .protocol_commands import PROTOCOL
+from .scrub_commands import SCRUB
 from .terminal import Command, Parser, check_device, check_file, check_folder, check_model, print_table, progress_bar, whole
 
 # %% ../nbs/w09c-command-line.ipynb #92a1e28f
@@ -284,7 +285,7 @@ def _train_options(parser: Parser) -> None:
     parser.add_argument("--steps", type=whole(1), metavar="N", help="fewer than the recipe's, for a try")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the model's folder (./NAME)")
 
-# %% ../nbs/w09c-command-line.ipynb #54474db6
+# %% ../nbs/w09c-command-line.ipynb #67747b94
 COMMANDS = {
     "models": Command("list the models that come with the package", run_models),
     "circuits": Command("list the circuits that come with the package", run_circuits),
@@ -304,6 +305,7 @@ COMMANDS = {
   circuit-gen discover --model organism-a --task ioi --out organism-a-ioi.json"""),
     **GENETICS,
     **PROTOCOL,
+    **SCRUB,
     "train-organism": Command("train one of the embedded models again", run_train, _train_options, """
   circuit-gen train-organism organism-a --seed 0 --out organism-a""", "give the same command to go on from there"),
 }

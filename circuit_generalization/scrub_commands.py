@@ -14,7 +14,7 @@ from pathlib import Path
 from .errors import InputError
 from .terminal import Command, Parser, check_device, check_file, check_model, print_table, progress_bar, whole
 
-# %% ../nbs/w14g-scrub-command.ipynb #2fad8761
+# %% ../nbs/w14g-scrub-command.ipynb #5be09247
 def _ends(e: Mapping, form: str = ".2f") -> str:
     if e["low"] is None: return f"{e['estimate']:{form}}" if e["estimate"] is not None else e["method"]
     return f"{e['estimate']:{form}} [{e['low']:{form}}, {e['high']:{form}}]"
@@ -36,6 +36,8 @@ def print_scrubbed(
             for c in data["classes"]]
     columns = ["claim", "feature", "classes", "median\nsize", "draws that\nreturn itself", "bits"]
     if rows: print_table("\nWhat there was to draw from", columns, rows, ["feature"])
+    weak = [c["claim"] for c in data["classes"] if c["itself"] > 0.5]
+    if weak: print(textwrap.fill(f"Hardly tested, since most draws return the prompt itself: {', '.join(weak)}. Give a larger --pool.", 120))
     if data.get("variants"): _print_variants(data["variants"])
     if data.get("adversary"): _print_adversary(data["adversary"])
     for variant, why in data.get("refused", {}).items(): print(f"Refused: {variant}, since {why}.")
@@ -59,7 +61,7 @@ def _print_adversary(table):
     columns = ["claim", "with", "found", "confirmed on other prompts", "adjusted\np"]
     print_table("\nDetails that move the score most (a fall: it was owed to leaving this out)", columns, rows, ["with"])
 
-# %% ../nbs/w14g-scrub-command.ipynb #c768e98d
+# %% ../nbs/w14g-scrub-command.ipynb #660b9d2d
 def run_scrub(
     args,  # its options
 ) -> int:  # exit code: 1 where a variant was refused
@@ -91,15 +93,16 @@ def _scrubbed(args, hypothesis) -> int:
     if args.target not in TARGETS: raise InputError(f"no target {args.target!r}: there is {', '.join(TARGETS)}")
     model = as_bridge(args.model, device=args.device)
     prompts = PromptSet.from_csv(args.prompts, model.tokenizer) if args.prompts else None
-    cost = stated_passes(hypothesis, min(args.n, len(prompts)) if prompts else args.n, args.draws, len(prompts) if prompts else pool_size(args.n))
+    pool = len(prompts) if prompts else pool_size(args.n, args.pool)
+    cost = stated_passes(hypothesis, min(args.n, pool), args.draws, pool)
     print(f"Cost: {cost['whole']} whole prompts and {cost['edited']} components computed" + (", for each variant" if args.variants else "") + ".\n")
     if args.dry_run: return 0
     more = dict(n=args.n, seed=args.seed, target=args.target, n_draws=args.draws)
     with progress_bar() as progress:
         if args.variants:
-            result, table = scrub_variants(model, hypothesis, args.variants, progress=progress, **more)
+            result, table = scrub_variants(model, hypothesis, args.variants, pool=args.pool, progress=progress, **more)
             extra = dict(variants=plain(table.to_dict("records")), refused=table.attrs["refused"])
-        else: result, extra = scrub(model, hypothesis, prompts, progress=progress, **more), {}
+        else: result, extra = scrub(model, hypothesis, prompts, pool=args.pool, progress=progress, **more), {}
         if args.adversary: extra["adversary"] = _attacked(args, model, hypothesis, prompts, progress)
     data = result.to_dict() | extra
     write_text_atomically(args.out, json.dumps(data, indent=1, allow_nan=False) + "\n")
@@ -114,7 +117,7 @@ def _attacked(args, model, hypothesis, prompts, progress) -> list[dict]:
     from circuit_generalization.genetics import plain
     from circuit_generalization.rewrites import adversary
 
-    pool = prompts_for(model, hypothesis, args.n, args.seed) if prompts is None else prompts
+    pool = prompts_for(model, hypothesis, args.n, args.seed, pool=args.pool) if prompts is None else prompts
     return plain(adversary(model, hypothesis, pool, args.adversary, args.n, args.seed, args.target, progress=progress).to_dict("records"))
 
 
@@ -125,6 +128,7 @@ def _scrub_options(parser: Parser) -> None:
     parser.add_argument("--n", type=whole(1), default=500, metavar="N", help="prompts that are scored (500)")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of prompts, draws and shuffles (0)")
     parser.add_argument("--draws", type=whole(1), default=1, metavar="N", help="draws for each prompt (1)")
+    parser.add_argument("--pool", type=whole(1), metavar="N", help="prompts that are generated to draw from (4000)")
     parser.add_argument("--target", default="loss", metavar="WHAT", help="what is to be explained: loss, ld, probability, accuracy (loss)")
     parser.add_argument("--variants", nargs="+", default=[], metavar="VARIANT", help="and on the prompts of these variants (`circuit-gen tasks`)")
     parser.add_argument("--adversary", nargs="+", default=[], metavar="FEATURE", help="features to add to claims, to see which moves the score")
