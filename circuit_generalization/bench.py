@@ -68,9 +68,13 @@ class Bench:
 
     def with_ablation(self, ablation: Ablation) -> "Bench":
         "The same prompts, ablated by something else."
-        pool = self.reference
-        if ablation.needs_reference and pool is None: pool = reference_pool(self.prompts, self.model.tokenizer, seed=self.seed)
+        pool = self.pool if ablation.needs_reference else self.reference
         return Bench(self.model, self.prompts, pool, ablation, self.universe_name, self.seed)
+
+    @cached_property
+    def pool(self) -> PromptSet:
+        "The reference prompts; made once where none were given."
+        return reference_pool(self.prompts, self.model.tokenizer, seed=self.seed) if self.reference is None else self.reference
 
     def exchanged(self) -> "Bench":
         "The model reads the counterfactual prompts, and what a mask marks is as on the clean ones. Answers stay those of the clean prompts."

@@ -25,7 +25,7 @@ from .cone import no_cone
 from .errors import InputError
 from .forward import INPUTS, Edit, PathEdit, hooks_of
 from .genetics import Estimate, Finding, GeneticsResult, Metric, Options, Subject, estimate_of, run_metric, standing
-from .instruments import mendelian
+from .mendelian import mendelian
 from .metrics import logit_difference, wanted_tokens
 from .models import final_logits
 from .passes import count

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from . import dose_response as dosing
-from . import knockouts, mediation, rescues, subspace, transfers
+from . import interchange_accuracy, knockouts, mediation, rescues, transfers
 from .circuit import Circuit
 from .controls import random_twin
 from .errors import InputError
@@ -60,7 +60,7 @@ class Assay:
 
 def judge_interchange(finding: Finding) -> str:
     "The threshold of IIA; and what is found is no illusion, and more than the search gains on random weights."
-    said, threshold = subspace.judge_das(finding), standing(finding.estimates["iia"], subspace.DAS_IIA.threshold)
+    said, threshold = interchange_accuracy.judge_das(finding), standing(finding.estimates["iia"], interchange_accuracy.DAS_IIA.threshold)
     if said.startswith("illusion"): return f"fails: {said}"
     if word_of(threshold) == "passes" and said.startswith(("not found", "not shown: ", "not decidable")): return f"not decidable: {said}"
     return f"{threshold}; {said}"
@@ -72,7 +72,7 @@ ASSAYS = {a.metric.code: a for a in (
     Assay(knockouts.ROLE_ABLATION, knockouts.role_ablation_of, knockouts.judge_roles, "roles"),
     Assay(rescues.CORRUPT_RESTORE, rescues.corrupt_restore_of, rescues.judge_rescue, "rescue"),
     Assay(rescues.CORRUPT_RESTORE_BEHAVIORAL, rescues.corrupt_restore_behavioral_of, rescues.judge_behaviour, "probability"),
-    Assay(subspace.DAS_IIA, subspace.das_iia_of, judge_interchange, "iia", repeat=False),
+    Assay(interchange_accuracy.DAS_IIA, interchange_accuracy.das_iia_of, judge_interchange, "iia", repeat=False),
     Assay(mediation.PATH_PATCHING, mediation.path_patching_of, mediation.judge_mediation, "mediated"),
     Assay(transfers.CROSS_TASK_TRANSFER, transfers.cross_task_transfer_of, transfers.judge_transfer, "transfer", together=2),
     Assay(transfers.CROSS_MODEL_INVARIANCE, transfers.invariance_of, transfers.judge_invariance, "invariance", together=2),

@@ -215,6 +215,14 @@ def test_what_is_not_known_is_said(reason):
     assert isinstance(found.fit, HillFit) and found.fit.ec50 > 0
 
 
+def test_one_dose_on_the_rise_is_not_enough():
+    for slope, doses in ((30, 1), (12, 2)):
+        way = hill(DOSES, 0, 1, 0.4, slope)
+        assert ((way > 0.05) & (way < 0.95)).sum() == doses
+        found = dose_curve(DOSES, *made(hill(DOSES, 0, 1, 0.4, slope), noise=0.01, n_clusters=20))
+        assert found.identified.startswith("fewer than two doses lie on the rise") is (doses < 2)
+
+
 def test_prompts_that_are_all_alike_have_no_interval():
     found = dose_curve(DOSES, np.outer(hill(DOSES, 0, 1, 0.4, 2), np.ones(20)), np.arange(20) // 2)
     assert "no variation between templates" in found.identified and isnan(found.ec50.estimate)
@@ -227,6 +235,12 @@ def test_draws_that_are_flat_are_said():
     found = dose_curve(DOSES, effects, np.arange(9), n_boot=999)
     assert found.identified == "no effect shown: the change from the first to the last dose may be zero"
     assert dose_curves._outside(DOSES, nan, nan, 0.95) == "the curve is flat in some draws of templates"
+
+
+def test_an_interval_may_not_leave_the_doses_on_either_side():
+    assert dose_curves._outside(DOSES, 0.1, 1.0, 0.95) == ""
+    for low, high in ((0.05, 0.5), (0.5, 1.2), (0.05, 1.2)):
+        assert dose_curves._outside(DOSES, low, high, 0.95).endswith("reaches outside the doses 0.1 to 1")
 
 
 # From which dose on
@@ -457,6 +471,20 @@ def test_the_quantile_is_that_of_equal_templates():
     left = [(a - b)[templates != t].mean() / (a - b)[templates != t].std(ddof=1) for t in range(12)]
     found = paired_size(a, b, templates).d_z
     assert np.isclose((found.high - found.estimate) / np.sqrt(11 * np.var(left)), distributions.t.ppf(0.975, 11))
+
+
+def test_hedges_interval_is_cohens_corrected_at_both_ends():
+    rng = np.random.default_rng(0)
+    found = paired_size(rng.normal(size=12) + 1, rng.normal(size=12), range(12))
+    j = gamma(11) / (sqrt(11) * gamma(10.5))
+    ends = [(getattr(found.hedges_g, end), getattr(found.cohen_d, end)) for end in ("low", "estimate", "high")]
+    assert [g for g, _ in ends] == pytest.approx([j * d for _, d in ends])
+
+
+def test_one_side_that_does_not_vary_leaves_a_size():
+    values = np.random.default_rng(0).normal(size=20) + 1
+    found = paired_size(values, np.zeros(20), range(20)).cohen_d
+    assert found.estimate == pytest.approx(values.mean() / sqrt(values.var(ddof=1) / 2)) and found.low < found.estimate < found.high
 
 
 def test_sizes_of_what_does_not_vary():

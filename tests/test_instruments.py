@@ -14,36 +14,38 @@ from statsmodels.sandbox.regression.gmm import IV2SLS
 from circuit_generalization.errors import InputError
 from circuit_generalization.instruments import (
     FEW,
-    LEAK_TOLERANCE,
-    POOLED,
     WEAK_F,
-    balanced_halves,
     changes,
     draw_changes,
-    e_of_ratio,
-    e_value,
     egger,
     egger_line,
-    exclusion,
     first_stage_f,
-    hansen_j,
-    heterogeneity,
     instrument_rows,
     ivw,
     ivw_slope,
+    median_slope,
+    two_stage,
+    two_stage_slope,
+    weighted_median,
+    why_left_out,
+)
+from circuit_generalization.mendelian import (
+    LEAK_TOLERANCE,
+    POOLED,
+    balanced_halves,
+    e_of_ratio,
+    e_value,
+    exclusion,
+    hansen_j,
+    heterogeneity,
     leak_reading,
     leak_rows,
-    median_slope,
     mendelian,
     sargan,
     split_sample,
     stacked_rows,
     textbook,
     two_sample,
-    two_stage,
-    two_stage_slope,
-    weighted_median,
-    why_left_out,
 )
 from circuit_generalization.stats import clustered_mean, cr2_standard_error, ratio_interval, satterthwaite_dof, share_interval
 
@@ -185,6 +187,32 @@ def test_variance_between_instruments_written_out(data):
     assert hansen_j(c).p == pytest.approx(distributions.f.sf(j * (nu - 4) / (5 * nu), 5, nu - 4))
 
 
+def test_the_interval_of_eggers_line_written_out(data):
+    direct = np.array([0.5, -0.5, 0.3, -0.3, 0.6, -0.6])[:, None]
+    c = changes(data.exposures, data.outcomes + direct, data.templates, data.names).oriented()
+    (x, y), w, n, g = c.effects, c.errors[1] ** -2, len(c.templates), len(c.sizes)
+    design = np.stack([np.ones(6), x], 1)
+    solve = np.linalg.inv(design.T @ np.diag(w) @ design) @ design.T @ np.diag(w)
+    line, leave = solve @ y, np.eye(6) - design @ solve
+    left = c.outcomes - line[1] * c.exposures
+    sums = np.stack([(left - left.mean(1, keepdims=True))[:, c.templates == t].sum(1) / np.sqrt(1 - c.sizes[t] / n) / n for t in range(g)], 1)
+    expected = np.trace(np.diag(w) @ leave @ sums @ sums.T @ leave.T)
+    tau2 = ((w * (leave @ y) ** 2).sum() - expected) / np.trace(np.diag(w) @ leave)
+    lines = np.array([egger_line(*without(c, t).effects, c.errors[1]) for t in range(g)])
+    over, between = (g - 1) / g * ((lines - lines.mean(0)) ** 2).sum(0), tau2 * (solve**2).sum(1)
+    dof = (over + between) ** 2 / (over**2 / pooled_dof(c) + between**2 / 4)  # six instruments, two coefficients
+    found = egger(c)
+    assert tau2 > 0.05 and [e.value for e in found.values()] == pytest.approx(line)
+    assert [e.high - e.value for e in found.values()] == pytest.approx(distributions.t.ppf(0.975, dof) * np.sqrt(over + between))
+
+
+def test_p_and_i_squared_at_their_ends(data):
+    far = changes(data.exposures, data.outcomes + np.array([9, 0, 0, 0, 0, 0])[:, None], data.templates, data.names)
+    assert heterogeneity(far, 99)["q"].p == 1 / 100  # no draw is as large, and the data are one of the draws
+    shares = [heterogeneity(draw_changes(np.random.default_rng(seed)), 1)["i_squared"].value for seed in range(10)]
+    assert min(shares) == 0 and 0 < max(shares) < 1
+
+
 def test_what_does_not_matter(data):
     n = data.exposures.shape[1]
     order, rows = np.random.default_rng(1).permutation(n), [3, 0, 5, 1, 4, 2]
@@ -240,7 +268,8 @@ def test_few_instruments_make_no_claim_of_agreement(data):
         assert math.isnan(e.value) and math.isnan(e.p) and e.how == FEW
     one = data.take(np.array([False] * 5 + [True]))
     ratio = data.outcomes[5].mean() / data.exposures[5].mean()
-    assert ivw(one).value == pytest.approx(ratio) == two_stage(one).value and math.isfinite(ivw(one).low)
+    with np.errstate(all="raise"):  # a line through one point leaves nothing to divide by
+        assert ivw(one).value == pytest.approx(ratio) == two_stage(one).value and math.isfinite(ivw(one).low)
 
 
 def test_few_templates_give_estimates_without_intervals(data):
@@ -252,6 +281,12 @@ def test_few_templates_give_estimates_without_intervals(data):
     assert "too few templates" in found.estimates["hansen_j"].how and "too few templates" in found.estimates["split_sample"].how
     many = draw_changes(np.random.default_rng(1), strengths=np.linspace(0.4, 0.9, 12), n_templates=10)
     assert math.isnan(hansen_j(many).p) and "too few templates for 12" in hansen_j(many).how and math.isfinite(heterogeneity(many, 99)["q"].p)
+
+
+def test_hansens_j_needs_two_degrees_of_freedom_in_the_denominator():
+    rng, templates = np.random.default_rng(0), np.repeat(np.arange(10), 2)
+    def found(n): return hansen_j(changes(1 + 0.1 * rng.normal(size=(n, 20)), 1 + 0.1 * rng.normal(size=(n, 20)), templates, list("abcdefghij")[:n]))
+    assert found(10).how == "too few templates for 10 instruments" and "F(7, 3.0)" in found(8).how  # 10 templates of one size: 9 degrees
 
 
 def test_data_without_noise(data):
@@ -308,6 +343,7 @@ def test_readings_of_leaks(data):
     centred = y - y.mean()
     assert math.isnan(ratio_interval(1 + noise, centred, t).low) and leak_reading(1 + noise, centred, t) == "leaks"  # share without ends
     assert leak_reading(0 * y, centred, t) == "excluded"  # exactly nothing arrives, whatever the whole is
+    assert leak_reading(0 * y, 0 * y, t).startswith("not decidable")  # of nothing, nothing arrives
     rows = leak_rows(data, np.stack([0.3 * v for v in data.outcomes]))
     assert rows[0]["leak"] == pytest.approx(0.3 * data.outcomes[0].mean()) and rows[0]["leak_share_high"] == pytest.approx(0.3)
 
@@ -323,17 +359,26 @@ def test_halves_are_balanced(sizes, seed):
     assert (halves == balanced_halves(np.array(sizes), 8, seed)).all()
 
 
+def test_halves_are_random():
+    halves = balanced_halves(np.arange(1, 11), 400)
+    assert (abs(halves.mean(0) - 0.5) < 0.1).all() and len({tuple(half) for half in halves}) > 30
+
+
 def test_split_sample_written_out(data):
     halves, se = balanced_halves(data.sizes, 3, seed=7), data.errors[1]
-    top = bottom = both = 0.0
-    for half in halves:
-        inside = half[data.templates]
-        parts = [(v.exposures.mean(1), v.outcomes.mean(1)) for v in (
-            changes(data.exposures[:, m], data.outcomes[:, m], data.templates[m], data.names) for m in (inside, ~inside))]
-        for (x, _), (other, y) in (parts, parts[::-1]):
-            top, bottom, both = top + (x * y / se**2).sum(), bottom + (x * x / se**2).sum(), both + (x * other / se**2).sum()
-    found = split_sample(data, 3, 7)
-    assert [e.value for e in found.values()] == pytest.approx([top / bottom, both / bottom, top / both])
+    def literal(kept):
+        top = bottom = both = 0.0
+        for half in halves:
+            inside = half[data.templates]
+            parts = [[v[:, m & kept].mean(1) for v in (data.exposures, data.outcomes)] for m in (inside, ~inside)]
+            for (x, _), (other, y) in (parts, parts[::-1]):
+                top, bottom, both = top + (x * y / se**2).sum(), bottom + (x * x / se**2).sum(), both + (x * other / se**2).sum()
+        return top / bottom, both / bottom, top / both
+    found, g = split_sample(data, 3, 7), len(data.sizes)
+    assert [e.value for e in found.values()] == pytest.approx(literal(data.templates >= 0))
+    left = np.array([literal(data.templates != t) for t in range(g)])
+    errors = np.sqrt((g - 1) / g * ((left - left.mean(0)) ** 2).sum(0))
+    assert [e.high - e.value for e in found.values()] == pytest.approx(errors * distributions.t.ppf(0.975, pooled_dof(data)))
 
 
 def test_two_data_sets_are_matched_by_name(data):
@@ -353,12 +398,24 @@ def test_two_data_sets_are_matched_by_name(data):
     t = v @ [top.t(0.95), bottom.t(0.95)] / v.sum()
     for end in (found["two_sample"].low, found["two_sample"].high):
         assert abs(top.mean - end * bottom.mean) == pytest.approx(t * math.hypot(top.se, end * bottom.se))
+    assert found["two_sample"].p == pytest.approx(2 * distributions.t.sf(abs(top.mean) / top.se, top.dof))
     fewer = changes(other.exposures[:4], other.outcomes[:4], other.templates, ["z5", "z1", "new", "z3"])
     assert "3 of 7" in two_sample(data, fewer)["two_sample"].how
     with pytest.raises(InputError, match="no instrument is in both"):
         two_sample(data, changes(other.exposures[:1], other.outcomes[:1], other.templates, ["new"]))
     nothing = changes(0 * data.exposures, data.outcomes, data.templates, data.names)
     assert all(math.isnan(e.value) for e in two_sample(nothing, other).values())
+
+
+def test_two_data_sets_that_do_not_say_enough(data):
+    other = draw_changes(np.random.default_rng(5), n_templates=10)
+    still = changes(other.exposures, other.outcomes * [[0], [1], [1], [1], [1], [1]], other.templates, other.names)  # no error, so no weight
+    rest = changes(other.exposures[1:], other.outcomes[1:], other.templates, other.names[1:])
+    assert two_sample(data, still)["two_sample"].high == pytest.approx(two_sample(data, rest)["two_sample"].high)
+    weak = draw_changes(np.random.default_rng(3), strengths=[0.001] * 6)
+    found = two_sample(weak, other, keep_weak=True)
+    assert math.isnan(found["two_sample"].low) and found["two_sample"].how.startswith("the effect on the exposure may be zero")
+    assert found["reliability"].value < 0 and math.isnan(found["two_sample_corrected"].value) and "mostly noise" in found["two_sample_corrected"].how
 
 
 # ---- E-values

@@ -5,13 +5,20 @@ import json
 import pytest
 from test_cli import leftovers, refused  # noqa: F401 (a fixture)
 
+from circuit_generalization import knockouts
 from circuit_generalization.circuit import Circuit, save_circuit
 from circuit_generalization.cli import main
 from circuit_generalization.protocol_commands import NAMES
 from circuit_generalization.protocols import PROTOCOLS, reread
 
-QUICK = ["--n-prompts", "18", "--n-random", "3", "--no-calibrations"]
+QUICK = ["--n-prompts", "10", "--n-random", "3", "--no-calibrations"]
 DOSES = ["protocol", "dose-response", "--model", "organism-b", "--tasks", "sva", *QUICK]
+
+
+@pytest.fixture(autouse=True)
+def few_noises(monkeypatch):
+    "What is printed and written does not rest on how much noise costs."
+    monkeypatch.setattr(knockouts, "LEAST_NOISES", 2)
 
 
 def test_names_are_those_of_the_protocols(): assert tuple(PROTOCOLS) == NAMES

@@ -10,23 +10,13 @@ from families import made
 from hypothesis import given
 from hypothesis import strategies as st
 
+from circuit_generalization import subspace
 from circuit_generalization.circuit import Circuit, Node, load_circuit
 from circuit_generalization.controls import random_twin
 from circuit_generalization.errors import InputError
 from circuit_generalization.genetics import Estimate, Finding, Options
-from circuit_generalization.models import as_bridge, load_model
-from circuit_generalization.passes import counted_passes
-from circuit_generalization.prompts import PromptError, PromptSet, concat_prompts
-from circuit_generalization.stats import Interval, coverage_simulation, draw_pairs, paired_difference
-from circuit_generalization.subspace import (
-    AYE,
+from circuit_generalization.interchange_accuracy import (
     DAS_IIA,
-    MINUS,
-    NAY,
-    PLUS,
-    Exchange,
-    Site,
-    Subspace,
     _dormancy_verdict,
     best_of,
     candidates,
@@ -34,17 +24,31 @@ from circuit_generalization.subspace import (
     das_splits,
     difference_of,
     dormancy,
+    judge_das,
+    reading_weights,
+    split_by_reading,
+)
+from circuit_generalization.models import as_bridge, load_model
+from circuit_generalization.passes import counted_passes
+from circuit_generalization.prompts import PromptError, PromptSet, concat_prompts
+from circuit_generalization.stats import Interval, coverage_simulation, draw_pairs, paired_difference
+from circuit_generalization.subspace import (
+    AYE,
+    MINUS,
+    NAY,
+    PLUS,
+    Exchange,
+    Site,
+    Subspace,
     iia,
     illusion_gpt2,
     illusion_pairs,
     interchanged,
     interchanges,
-    judge_das,
+    measured,
     principal_angle,
     random_bases,
-    reading_weights,
     site_at,
-    split_by_reading,
     train_das,
     whole,
 )
@@ -277,6 +281,50 @@ def test_sizes_are_trained_as_they_would_be_alone(three):
     assert torch.allclose(alone.basis, among.basis, atol=1e-3) and alone.epochs == among.epochs
 
 
+def test_every_size_keeps_its_best_look(three, monkeypatch):
+    looks, plain = [], subspace._kept
+    def noted(*numbers): return looks.append(plain(*numbers)) or looks[-1]
+    monkeypatch.setattr(subspace, "_kept", noted)
+    found, _ = train_das(*three[:2], site_at("a0.h0", "a0.h1"), [1, 3], rate=1.5, epochs=6, patience=99, every=1)
+    losses = np.array([[s.validation_loss for s in look] for look in looks])
+    assert [s.validation_loss for s in found] == losses.min(0).tolist() and [s.epochs for s in found] == losses.argmin(0).tolist()
+    assert (losses.min(0) < losses[-1]).any()  # such steps overshoot, so that the last look is not the best
+
+
+def test_training_stops_after_so_many_epochs_without_gain(three):
+    "It stops where it looks: what was trained and not looked at has not failed to gain."
+    silent = Exchange(as_bridge(illusion_gpt2(dormant=0.0)), three[0].pairs)  # head 1 says nothing, so nothing is ever gained
+    for patience, trained, looks in ((4, 4, 3), (3, 4, 3), (1, 2, 2)):
+        assert train_das(silent, silent, site_at("a0.h1"), [2], patience=patience)[1] == (trained + looks) * len(silent)
+
+
+def test_steps_become_shorter(three, monkeypatch):
+    rates = []
+    class Noted(torch.optim.Adam):
+        def step(self, *given):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*given)
+    monkeypatch.setattr(torch.optim, "Adam", Noted)
+    train_das(*three[:2], site_at("a0.h0"), [1], epochs=4, rate=0.2, batch_size=99, patience=99)
+    assert np.allclose(rates, [0.2, 0.15, 0.1, 0.05])
+
+
+def test_an_epoch_is_every_pair_once_in_a_new_order(three):
+    seen = []
+    class Noted(Exchange):
+        def lds(self, site, bases, index=None):
+            seen.append(index.tolist())
+            return three[0].lds(site, bases, index)
+    train_das(Noted(three[0].model, three[0].pairs), three[1], site_at("a0.h0"), [1], epochs=3, batch_size=5, patience=99)
+    epochs = [a + b for a, b in zip(seen[::2], seen[1::2], strict=True)]
+    assert [len(s) for s in seen] == [5, 3] * 3 and all(sorted(e) == list(range(8)) for e in epochs) and len(set(map(tuple, epochs))) == 3
+
+
+def test_an_answer_that_is_as_likely_as_the_other_is_not_right():
+    found = measured(torch.tensor([0.0, 1.0, -1.0]), ["a", "b", "c"])
+    assert found.interval.estimate == pytest.approx(1 / 3) and found.right.tolist() == [False, True, False]
+
+
 def test_bad_training_is_refused(three):
     for more, said in [(dict(dims=[5]), "5"), (dict(dims=[]), "dimensions"), (dict(dims=[0]), "dimensions"), (dict(epochs=0), "at least 1"),
                        (dict(batch_size=0), "at least 1"), (dict(patience=0), "at least 1"), (dict(every=0), "at least 1")]:
@@ -287,6 +335,7 @@ def test_angle_by_hand():
     plane, line = torch.eye(3)[:, :2], torch.tensor([[1.0], [0.0], [1.0]]) / 2**0.5
     assert abs(principal_angle(plane, line) - 45) < 1e-4 and principal_angle(plane, torch.eye(3)[:, 1:2]) < 1e-4
     assert abs(principal_angle(plane, torch.eye(3)[:, 2:]) - 90) < 1e-4
+    assert abs(principal_angle(plane, torch.eye(3)[:, 1:]) - 90) < 1e-4  # they share an axis, and not the other
 
 
 # illusions
@@ -306,6 +355,21 @@ def test_illusion_is_caught_and_the_truth_passes(three):
     assert dormancy(test, site_at("a0.h1"), axes[None, :, 2:3]).verdict == "no effect to explain"
 
 
+def test_the_check_counts_from_what_is_right_anyway(tiny, three):
+    "Pairs whose source is the base itself are right without an interchange, and with any."
+    data, basis = three[2].pairs, torch.tensor([1.0, 1.0, 0.0, 0.0])[None, :, None] / 2**0.5
+    labels = data.labels.assign(prompt_id=[f"same {name}" for name in data.labels.prompt_id])
+    same = replace(data, counterfactual=data.tokens, answers=data.distractors, distractors=data.answers, labels=labels)
+    alone, mixed = (dormancy(Exchange(tiny, pairs), site_at("a0.h1"), basis) for pairs in (same, concat_prompts([data, same])))
+    assert (alone.none, alone.iia, alone.verdict) == (1, 1, "no effect to explain")
+    assert (mixed.none, mixed.iia, mixed.iia_row, mixed.verdict) == (0.5, 1, 0.5, "illusion")
+
+
+def test_the_share_in_the_null_space_is_of_all_dimensions(three):
+    basis = torch.stack([torch.tensor([1.0, 1.0, 0.0, 0.0]) / 2**0.5, torch.tensor([0.0, 0.0, 1.0, 0.0])], 1)
+    assert dormancy(three[2], site_at("a0.h1"), basis[None]).null_share == pytest.approx((0.5 + 1) / 2)  # only the second axis is read
+
+
 def test_illusion_by_the_arithmetic_of_the_model(three):
     "Along (cos t, sin t) head 1 writes 3 sin t cos t of the difference, and head 0 says the sign."
     test, site = three[2], site_at("a0.h1")
@@ -323,6 +387,7 @@ def test_split_by_hand():
     assert torch.allclose(read[0], torch.diag(torch.tensor([1.0, 0, 0])), atol=1e-6)
     assert torch.allclose(row.abs()[0], torch.eye(3)[:, :1], atol=1e-6) and torch.allclose(null.abs()[0], torch.eye(3)[:, 1:2], atol=1e-6)
     assert torch.allclose(split_by_reading(u, weights, least=1e-4)[0][0], torch.diag(torch.tensor([1.0, 0, 1])), atol=1e-6)
+    assert torch.allclose(split_by_reading(u, 1e-4 * weights)[0], read, atol=1e-6)  # small weights are read as well: it is their share that counts
     assert (split_by_reading(torch.eye(3)[None, :, 1:2], weights)[1] == 0).all()  # nothing of it is read
 
 
@@ -381,6 +446,7 @@ def test_verdicts():
              "not found": finding(gain=(0.1, -0.1, 0.3)),
              "not shown: the same search": finding(over_random_weights=(0.1, -0.1, 0.3)), "illusion": finding(check="illusion"),
              "works": finding(null=0, p=nan), "not shown to be these": finding(p=0.06)}
+    assert judge_das(finding(p=0.05)).startswith("found")  # as low as 19 random subspaces allow
     for said, f in cases.items(): assert judge_das(f).startswith(said), said
     assert judge_das(finding(check="mixed")).endswith("(reading: mixed)")
 
