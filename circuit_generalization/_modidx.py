@@ -1440,6 +1440,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'circuit_generalization/hypotheses.py'),
                                                    'circuit_generalization.hypotheses._listed': ( 'w14b-hypotheses.html#_listed',
                                                                                                   'circuit_generalization/hypotheses.py'),
+                                                   'circuit_generalization.hypotheses._places': ( 'w14b-hypotheses.html#_places',
+                                                                                                  'circuit_generalization/hypotheses.py'),
                                                    'circuit_generalization.hypotheses._reads_of': ( 'w14b-hypotheses.html#_reads_of',
                                                                                                     'circuit_generalization/hypotheses.py'),
                                                    'circuit_generalization.hypotheses.describe': ( 'w14b-hypotheses.html#describe',

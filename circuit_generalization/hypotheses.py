@@ -287,16 +287,16 @@ def save_hypothesis(
     else: text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
     write_text_atomically(path, text)
 
-# %% ../nbs/w14b-hypotheses.ipynb #7841927b
+# %% ../nbs/w14b-hypotheses.ipynb #7c834e15
 def hypothesis_graph(
     h: Hypothesis,
 ) -> nx.DiGraph:  # claims, 'logits'; edges with the inputs that they go into
     "Who tells whom."
     graph = nx.DiGraph()
-    graph.add_node("logits", label="logits", level=1 + max((c.layers[1] for c in h.claims), default=0))
+    graph.add_node("logits", label="logits")
     for c in h.claims:
         label = f"{c.name}\n{', '.join(c.nodes)}" + ("" if c.is_rest else f" at {', '.join(c.positions)}") + f"\n{_carries(c)}"
-        graph.add_node(c.name, label=label + (f" ({c.part})" if c.part else ""), level=-2 if c.is_rest else c.layers[1])
+        graph.add_node(c.name, label=label + (f" ({c.part})" if c.part else ""))
     for reader, reads in [("logits", {"": h.output}), *((c.name, c.reads or {}) for c in h.claims)]:
         for x, senders in reads.items():
             for s in senders:
@@ -306,22 +306,35 @@ def hypothesis_graph(
     return graph
 
 
+def _places(graph: nx.DiGraph) -> dict[str, tuple[float, int]]:
+    "Every sender below all of its readers; leaves side by side, readers above the middle of their senders."
+    depth, x = nx.single_source_shortest_path_length(graph.reverse(), "logits"), {}
+    for name in nx.topological_sort(graph.reverse()):
+        for sender in graph.predecessors(name): depth[sender] = max(depth[sender], depth[name] + 1)
+    def place(name):
+        own = [s for s in graph.predecessors(name) if s not in x]
+        for s in own: place(s)
+        x[name] = sum(x[s] for s in own) / len(own) if own else 0.5 + sum(1 for n in x if not n_below[n])
+        n_below[name] = len(own)
+    n_below: dict[str, int] = {}
+    place("logits")
+    return {n: (x[n], -depth[n]) for n in x}
+
+
 def plot_hypothesis(
     h: Hypothesis,
 ) -> Figure:
-    "The interpretation graph, early layers below."
+    "The interpretation graph, the output above."
     graph = hypothesis_graph(h)
-    levels = sorted({level for _, level in graph.nodes(data="level")})
-    rows = {level: [n for n, at in graph.nodes(data="level") if at == level] for level in levels}
-    wide = max(map(len, rows.values()))
-    figure = Figure(figsize=(max(5.0, 2.6 * wide), 1.3 * len(levels) + 0.6), layout="constrained", facecolor="white")
+    at = _places(graph)
+    wide, deep = max(x for x, _ in at.values()) + 0.5, min(y for _, y in at.values())
+    figure = Figure(figsize=(max(5.0, 2.2 * wide), 1.2 * (1 - deep) + 0.4), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    at = {n: ((i + 0.5) / len(row), levels.index(level)) for level, row in rows.items() for i, n in enumerate(row)}
     nx.draw_networkx_edges(graph, at, ax=axes, edge_color="#888888", arrowsize=12, node_size=3000)
     nx.draw_networkx_edge_labels(graph, at, {(a, b): x for a, b, x in graph.edges(data="into")}, ax=axes, font_size=8, rotate=False)
     for n, (x, y) in at.items():
         box = dict(boxstyle="round", facecolor="white", edgecolor="#0072B2")
         axes.text(x, y, graph.nodes[n]["label"], ha="center", va="center", fontsize=8, bbox=box)
-    axes.set(xlim=(0, 1), ylim=(-0.5, len(levels) - 0.5), title=h.name)
+    axes.set(xlim=(0, wide), ylim=(deep - 0.5, 0.4), title=h.name)
     axes.axis("off")
     return figure
