@@ -163,7 +163,7 @@ def prompts_of_texts(
     others = [BALANCED + UNBALANCED - a for a in answers]
     kinds = ["given"] * len(texts) if kinds is None else list(kinds)
     words = {"answer": [VOCABULARY[a] for a in answers], "distractor": [VOCABULARY[o] for o in others]}
-    labels = pd.DataFrame({"task": "brackets", "template": kinds, "prompt": list(texts), "kind": kinds} | words).join(pd.DataFrame(features))
+    labels = pd.DataFrame({"task": "brackets", "template": list(texts), "prompt": list(texts), "kind": kinds} | words).join(pd.DataFrame(features))
     at = {"BEGIN": [0] * len(ids), "FIRST": [1] * len(ids), "LAST": [len(i) - 2 for i in ids]}
     return PromptSet.from_tokens(ids, answers=answers, distractors=others, positions=at, labels=labels)
 

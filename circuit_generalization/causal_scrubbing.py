@@ -7,7 +7,7 @@ __all__ = ['Target', 'TARGETS', 'SHUFFLES', 'TOLERANCE', 'SCRUB_FIELDS', 'WORDS'
            'recovered_interval', 'ScrubResult', 'scrub_prompts', 'check_rewrite', 'scrub', 'pool_size', 'prompts_for',
            'stated_passes', 'scrub_variants']
 
-# %% ../nbs/w14e-causal-scrubbing.ipynb #cd253c52
+# %% ../nbs/w14e-causal-scrubbing.ipynb #11955c1e
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +19,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from .brackets import bracket_prompts
 from .cone import CleanRun
 from .errors import InputError
 from .genetics import plain
@@ -88,12 +89,13 @@ def recovered_interval(
     if not isfinite(found.low): return replace(told, method=f"{told.method} ({found.method})")
     return replace(found, estimate=told.estimate)
 
-# %% ../nbs/w14e-causal-scrubbing.ipynb #c61883d1
+# %% ../nbs/w14e-causal-scrubbing.ipynb #8ac7542c
 TOLERANCE = 0.3  # of the effect's scale: the same as for sufficiency
 SCRUB_FIELDS = {
     "hypothesis": "as in its file", "described": "as text", "model": "name and hash", "task": "", "prompts": "hash of those that are drawn from",
     "n": "reference prompts", "n_pool": "prompts that are drawn from, the references among them", "n_draws": "trees a reference prompt",
-    "seed": "of prompts, draws, shuffles", "target": "what is to be explained", "unimportant": "how what does not matter is sampled",
+    "seed": "of prompts, draws, shuffles", "target": "what is to be explained", "right": "share of the references that the model gets right",
+    "unimportant": "how what does not matter is sampled",
     "recovered": "share of the target, with its interval", "means": "of the target: scrubbed, model, shuffled",
     "distances": "from the model's own output: kl (nats), ld_change (mean absolute, logits), same_sign, explained (shares), with intervals",
     "entropy": "bits of all prompts drawn, and those of the references alone", "classes": "of each claim: how much there is to draw from",
@@ -107,7 +109,7 @@ SCRUB_FIELDS = {
 class ScrubResult:
     "A hypothesis, tested: `to_dict` has the fields of `SCRUB_FIELDS`."
     hypothesis: Hypothesis
-    settings: dict  # model, task, prompts, n, n_pool, n_draws, seed, target
+    settings: dict  # model, right, task, prompts, n, n_pool, n_draws, seed, target
     recovered: Interval
     means: dict[str, float]
     distances: dict[str, Interval]
@@ -125,7 +127,7 @@ class ScrubResult:
 
     def to_json(self) -> str: return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
-# %% ../nbs/w14e-causal-scrubbing.ipynb #d91cfabb
+# %% ../nbs/w14e-causal-scrubbing.ipynb #075ba905
 WORDS = 5  # different names and words that generated prompts are made of; repeated words need more
 POOL = 4000  # prompts that are generated to draw from: pairs of names need that many, or most draws return the prompt itself
 
@@ -208,7 +210,8 @@ def scrub(
             if progress: progress(d, n_draws, f"scrubbing {h.name}")
             seen.append(scrubber.logits(scrubber.resampler.draw(np.arange(n), seed + d)))
     called, function = (target, TARGETS[target]) if isinstance(target, str) else (getattr(target, "__name__", "function"), target)
-    settings = dict(model=dict(name=model_name(bridge), hash=model_hash(bridge)[:12]), task=h.task or "", prompts=prompts_hash(prompts)[:12], n=n,
+    right = float((_ld(clean, prompts[:n]) > 0).double().mean())
+    settings = dict(model=dict(name=model_name(bridge), hash=model_hash(bridge)[:12]), right=right, task=h.task or "", prompts=prompts_hash(prompts)[:12], n=n,
                     n_pool=len(prompts), n_draws=n_draws, seed=seed, target=called)
     return _result(h, scrubber, prompts[:n], clean, seen, function, settings, dict(whole=counted.whole, edited=counted.edited))
 
@@ -231,6 +234,8 @@ def prompts_for(
 ) -> PromptSet:
     "Prompts of the hypothesis's task. Raises `InputError` where there are none for this model."
     if not h.task: raise InputError(f"hypothesis {h.name!r} names no task: give prompts")
+    if h.task in OWN_PROMPTS and bridge.tokenizer is not None:
+        raise InputError(f"hypothesis {h.name!r} is about a model that reads {h.task}, not text, and {model_name(bridge)!r} reads text")
     if h.task in OWN_PROMPTS: return OWN_PROMPTS[h.task](pool_size(n, pool), seed)
     if bridge.tokenizer is None: raise InputError(f"model {model_name(bridge)!r} has no tokenizer, and prompts are text: give prompts")
     return scrub_prompts(h.task, pool_size(n, pool), bridge.tokenizer, seed, variant)
@@ -247,7 +252,10 @@ def stated_passes(
     return dict(whole=n_pool, edited=n * n_draws * (1 + computed))
 
 
-OWN_PROMPTS: dict[str, Callable[[int, int], PromptSet]] = {}  # task → (n, seed) → prompts; of models that read no text
+def _brackets(n: int, seed: int) -> PromptSet: return bracket_prompts(n, seed, lengths=[24])
+
+
+OWN_PROMPTS: dict[str, Callable[[int, int], PromptSet]] = {"brackets": _brackets}  # task → (n, seed) → prompts; of models that read no text
 
 
 def _result(h, scrubber, references, clean, seen, target, settings, passes) -> ScrubResult:

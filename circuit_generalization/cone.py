@@ -196,6 +196,7 @@ class CleanRun:
         self.pos = columns - self.shift[:, None]  # of each column; negative: padding
         self.stream, self.cos, self.sin = (None if x is None else self.aligned(x) for x in stem(self.model, tokens))
         seen = (columns <= columns[:, None])[None]
+        if self.model.cfg.attention_dir == "bidirectional": seen = torch.ones_like(seen)  # no edit has a cone then, but the pass is right
         if self.shift.any(): seen = seen & ((self.pos >= 0)[:, None] | torch.eye(self.width, dtype=torch.bool, device=self.device))
         hidden = torch.zeros(seen.shape, dtype=self.stream.dtype, device=self.device)
         self.hidden = hidden.masked_fill_(~seen, torch.finfo(hidden.dtype).min)[:, None]

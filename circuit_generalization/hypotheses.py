@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from .circuit import UNIVERSES, CircuitError, Component, write_text_atomically
 from .errors import InputError
 
-# %% ../nbs/w14b-hypotheses.ipynb #5c660cb6
+# %% ../nbs/w14b-hypotheses.ipynb #6d0241bf
 class HypothesisError(InputError):
     "A hypothesis, or a file that should hold one, does not make sense."
 
@@ -77,7 +77,8 @@ def _check_claim(claim: Claim):
     if alone and len(claim.nodes) > 1: raise HypothesisError(f"{where}: {alone[0]!r} must stand alone")
     try: kinds = {c.head is None for c in claim.components}
     except CircuitError as e: raise HypothesisError(f"{where}: {e}") from None
-    if len(kinds) > 1: raise HypothesisError(f"{where} has heads and MLPs, whose inputs are not the same: make it two claims")
+    if len(kinds) > 1 and claim.reads is not None:
+        raise HypothesisError(f"{where} reads, and has heads and MLPs, whose inputs are not the same: make it two claims")
     if not claim.positions: raise HypothesisError(f"{where} is at no position: give role positions, 'all' or 'each'")
     if len(claim.positions) > 1 and {ALL, EACH} & set(claim.positions): raise HypothesisError(f"{where}: 'all' and 'each' must stand alone")
     if claim.positions == (EACH,) and (claim.reads is not None or claim.part or claim.is_rest):

@@ -6,7 +6,7 @@
 __all__ = ['Feature', 'FEATURES', 'feature_values', 'layouts', 'Classes', 'joined', 'Rest', 'Drawn', 'Resampler', 'entropy',
            'has_rest', 'class_sizes']
 
-# %% ../nbs/w14c-resampling.ipynb #972bc7dc
+# %% ../nbs/w14c-resampling.ipynb #04474d72
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,13 +15,25 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
+from .brackets import open_share
 from .hypotheses import ALL, EACH, Claim, Hypothesis, HypothesisError
 from .prompts import PromptSet
 from .wording import rng_of
 
-# %% ../nbs/w14c-resampling.ipynb #0ed29e29
+# %% ../nbs/w14c-resampling.ipynb #afd9679e
 Feature = Callable[[PromptSet], Sequence]  # a value for each prompt, or an array [prompt, pos]: the value at each position
-FEATURES: dict[str, Feature] = {"token": lambda prompts: prompts.tokens.numpy()}  # by name; labels need no entry
+
+
+def _open_share(side: str) -> Feature:
+    def feature(prompts: PromptSet):
+        if "n_open" not in prompts.labels: raise HypothesisError(f"feature 'open_{side}' is of brackets, and these prompts have none")
+        return np.nan_to_num(open_share(prompts, side), nan=-1)  # -1: there is no bracket on that side
+    return feature
+
+
+FEATURES: dict[str, Feature] = {  # by name; labels need no entry
+    "token": lambda prompts: prompts.tokens.numpy(),
+    "open_left": _open_share("left"), "open_right": _open_share("right")}  # of brackets: the share of open ones on that side of each position
 
 
 def feature_values(

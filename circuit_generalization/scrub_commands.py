@@ -14,7 +14,7 @@ from pathlib import Path
 from .errors import InputError
 from .terminal import Command, Parser, check_device, check_file, check_model, print_table, progress_bar, whole
 
-# %% ../nbs/w14g-scrub-command.ipynb #5be09247
+# %% ../nbs/w14g-scrub-command.ipynb #d70d9cb7
 def _ends(e: Mapping, form: str = ".2f") -> str:
     if e["low"] is None: return f"{e['estimate']:{form}}" if e["estimate"] is not None else e["method"]
     return f"{e['estimate']:{form}} [{e['low']:{form}}, {e['high']:{form}}]"
@@ -36,6 +36,7 @@ def print_scrubbed(
             for c in data["classes"]]
     columns = ["claim", "feature", "classes", "median\nsize", "draws that\nreturn itself", "bits"]
     if rows: print_table("\nWhat there was to draw from", columns, rows, ["feature"])
+    if data["right"] < 0.75: print(f"The model is right on {data['right']:.0%} of these prompts: there is little to explain.")
     weak = [c["claim"] for c in data["classes"] if c["itself"] > 0.5]
     if weak: print(textwrap.fill(f"Hardly tested, since most draws return the prompt itself: {', '.join(weak)}. Give a larger --pool.", 120))
     if data.get("variants"): _print_variants(data["variants"])
@@ -61,7 +62,7 @@ def _print_adversary(table):
     columns = ["claim", "with", "found", "confirmed on other prompts", "adjusted\np"]
     print_table("\nDetails that move the score most (a fall: it was owed to leaving this out)", columns, rows, ["with"])
 
-# %% ../nbs/w14g-scrub-command.ipynb #660b9d2d
+# %% ../nbs/w14g-scrub-command.ipynb #abd05897
 def run_scrub(
     args,  # its options
 ) -> int:  # exit code: 1 where a variant was refused
@@ -75,7 +76,7 @@ def run_scrub(
 
     hypothesis = load_hypothesis(args.hypothesis)
     check_device(args.device)
-    check_model(args.model)
+    check_model(args.model, reads_text=bool(args.prompts))
     from circuit_generalization.models import quiet
 
     with quiet(): return _scrubbed(args, hypothesis)

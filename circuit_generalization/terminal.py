@@ -92,12 +92,13 @@ def check_device(
 # %% ../nbs/w09b2-terminal.ipynb #70aa60d3
 def check_model(
     name: str,  # of --model
+    reads_text: bool = True,  # the command's prompts are text
 ):
     "Raise `InputError` for an embedded model without a tokenizer, or what looks like the name of one with a slip in it."
     from circuit_generalization.models import embedded_models
 
     known, base = embedded_models(), name.partition("@")[0]  # a point of a training, such as organism-b@1700, is looked for later
-    if base in known and not (known[base] / "tokenizer.json").is_file():
+    if reads_text and base in known and not (known[base] / "tokenizer.json").is_file():
         raise InputError(f"--model {name}: it reads token ids, not text, and the prompts of this command are text; in Python: load_model({base!r})")
     if base in known or os.sep in name or Path(name).is_dir(): return
     close = difflib.get_close_matches(base.lower(), known, 1, 0.75)
