@@ -127,7 +127,7 @@ class ScrubResult:
 
     def to_json(self) -> str: return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
-# %% ../nbs/w14e-causal-scrubbing.ipynb #075ba905
+# %% ../nbs/w14e-causal-scrubbing.ipynb #c1e9c248
 WORDS = 5  # different names and words that generated prompts are made of; repeated words need more
 POOL = 4000  # prompts that are generated to draw from: pairs of names need that many, or most draws return the prompt itself
 
@@ -211,8 +211,8 @@ def scrub(
             seen.append(scrubber.logits(scrubber.resampler.draw(np.arange(n), seed + d)))
     called, function = (target, TARGETS[target]) if isinstance(target, str) else (getattr(target, "__name__", "function"), target)
     right = float((_ld(clean, prompts[:n]) > 0).double().mean())
-    settings = dict(model=dict(name=model_name(bridge), hash=model_hash(bridge)[:12]), right=right, task=h.task or "", prompts=prompts_hash(prompts)[:12], n=n,
-                    n_pool=len(prompts), n_draws=n_draws, seed=seed, target=called)
+    settings = dict(model=dict(name=model_name(bridge), hash=model_hash(bridge)[:12]), right=right, task=h.task or "",
+                    prompts=prompts_hash(prompts)[:12], n=n, n_pool=len(prompts), n_draws=n_draws, seed=seed, target=called)
     return _result(h, scrubber, prompts[:n], clean, seen, function, settings, dict(whole=counted.whole, edited=counted.edited))
 
 
