@@ -127,7 +127,7 @@ class ScrubResult:
 
     def to_json(self) -> str: return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
-# %% ../nbs/w14e-causal-scrubbing.ipynb #c1e9c248
+# %% ../nbs/w14e-causal-scrubbing.ipynb #91dc7bbb
 WORDS = 5  # different names and words that generated prompts are made of; repeated words need more
 POOL = 4000  # prompts that are generated to draw from: pairs of names need that many, or most draws return the prompt itself
 
@@ -163,8 +163,8 @@ class _Same:
     "A rest that is the reference prompt's."
     datum: np.ndarray
     separately: bool = False
-    chosen: slice | None = None
-    def of(self, component: str = "") -> np.ndarray: return self.datum[self.chosen or slice(None)]
+    def of(self, component: str = "") -> np.ndarray: return self.datum
+    def __getitem__(self, some: slice) -> "_Same": return _Same(self.datum[some])
 
 
 def check_rewrite(
@@ -201,7 +201,7 @@ def scrub(
     if n < 1 or n_draws < 1: raise InputError(f"{n} prompts and {n_draws} draws: at least one of each is needed")
     if isinstance(target, str) and target not in TARGETS: raise InputError(f"no target {target!r}: there is {', '.join(TARGETS)}")
     if prompts is None: prompts = prompts_for(bridge, h, n, seed, variant, pool)
-    n = min(n, int(prompts.labels.informative.sum()) if "informative" in prompts.labels else len(prompts))
+    n = min(n, _n_references(prompts))
     with counted_passes() as counted:
         scrubber = Scrubber(bridge, prompts, h, features, np.arange(n, len(prompts)) if len(prompts) > n else None, run)
         clean, seen = scrubber.run.unembed(scrubber.run.kept.final[:n]), []
@@ -214,6 +214,14 @@ def scrub(
     settings = dict(model=dict(name=model_name(bridge), hash=model_hash(bridge)[:12]), right=right, task=h.task or "",
                     prompts=prompts_hash(prompts)[:12], n=n, n_pool=len(prompts), n_draws=n_draws, seed=seed, target=called)
     return _result(h, scrubber, prompts[:n], clean, seen, function, settings, dict(whole=counted.whole, edited=counted.edited))
+
+
+def _n_references(prompts: PromptSet) -> int:
+    "The first prompts, up to one in which nothing tells the answer."
+    if "informative" not in prompts.labels: return len(prompts)
+    told = int(prompts.labels.informative.isin([True, "True"]).cumprod().sum())
+    if not told: raise InputError("the first prompts are the references, and in the very first nothing tells the answer: put informative ones first")
+    return told
 
 
 def pool_size(
@@ -260,17 +268,20 @@ OWN_PROMPTS: dict[str, Callable[[int, int], PromptSet]] = {"brackets": _brackets
 
 def _result(h, scrubber, references, clean, seen, target, settings, passes) -> ScrubResult:
     "Numbers from logits."
-    def of(logits): return target(logits, references).double().cpu().numpy()
+    def of(logits):
+        found = target(logits, references).double().cpu().numpy()
+        if found.shape != (len(references),): raise InputError(f"the target gave {found.shape} numbers for {len(references)} prompts: one each")
+        return found
     def ld(logits): return _ld(logits, references).double().cpu().numpy()
     templates, model, base = references.labels.template.tolist(), of(clean), shuffled(clean, references, target, settings["seed"])
     scrubbed, ld_model, lds = np.mean([of(x) for x in seen], 0), ld(clean), np.array([ld(x) for x in seen])
-    scale = float((ld_model - shuffled(clean, references, _ld, settings["seed"])).mean())
+    scale = float((ld_model - shuffled(clean, references, _ld, settings["seed"])).mean()) or nan  # one prompt has no other's labels
     gaps = (lds - ld_model) / scale
     explained = ((np.abs(gaps) <= TOLERANCE) & (np.sign(lds) == np.sign(ld_model))).mean(0)
     kl = np.mean([kl_divergence(clean, x).double().cpu().numpy() for x in seen], 0)
-    def interval(x): return cluster_interval(x, templates, kind="share" if set(np.unique(x)) <= {0.0, 1.0} else "mean")
+    def interval(x, share): return cluster_interval(x, templates, kind="share" if share and set(np.unique(x)) <= {0.0, 1.0} else "mean")
     away = dict(kl=kl, ld_change=np.abs(lds - ld_model).mean(0), same_sign=(np.sign(lds) == np.sign(ld_model)).mean(0), explained=explained)
-    distances = {name: interval(x) for name, x in away.items()}
+    distances = {name: interval(x, name in ("same_sign", "explained")) for name, x in away.items()}
     labels = references.labels
     rows = dict(prompt_id=labels.prompt_id, base_id=labels.base_id, template=labels.template, model=model, scrubbed=scrubbed, shuffled=base,
                 ld_model=ld_model, ld_scrubbed=lds.mean(0), gap=gaps.mean(0), kl=kl, explained=explained)

@@ -7,11 +7,12 @@ __all__ = ['OWN', 'REST', 'EMBED', 'ALL', 'EACH', 'HEAD_INPUTS', 'UNIMPORTANT', 
            'describe', 'hypothesis_from_dict', 'hypothesis_to_dict', 'packaged_hypotheses', 'load_hypothesis',
            'save_hypothesis', 'hypothesis_graph', 'plot_hypothesis']
 
-# %% ../nbs/w14b-hypotheses.ipynb #7219b990
+# %% ../nbs/w14b-hypotheses.ipynb #e3fee806
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
+from itertools import combinations
 from pathlib import Path
 
 import networkx as nx
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from .circuit import UNIVERSES, CircuitError, Component, write_text_atomically
 from .errors import InputError
 
-# %% ../nbs/w14b-hypotheses.ipynb #6d0241bf
+# %% ../nbs/w14b-hypotheses.ipynb #3ffedb05
 class HypothesisError(InputError):
     "A hypothesis, or a file that should hold one, does not make sense."
 
@@ -72,19 +73,23 @@ class Claim:
 def _check_claim(claim: Claim):
     where = f"claim {claim.name!r}"
     if not claim.nodes: raise HypothesisError(f"{where} is about no component: give nodes, such as [a1.h6], [m0], [embed] or [rest]")
-    if claim.name in (OWN, ""): raise HypothesisError(f"{where}: a claim cannot be called {claim.name!r}")
+    if claim.name in (OWN, "") or claim.name == REST and not claim.is_rest: raise HypothesisError(f"{where}: a claim cannot be called so")
     alone = [n for n in claim.nodes if n in (EMBED, REST)]
     if alone and len(claim.nodes) > 1: raise HypothesisError(f"{where}: {alone[0]!r} must stand alone")
     try: kinds = {c.head is None for c in claim.components}
     except CircuitError as e: raise HypothesisError(f"{where}: {e}") from None
     if len(kinds) > 1 and claim.reads is not None:
         raise HypothesisError(f"{where} reads, and has heads and MLPs, whose inputs are not the same: make it two claims")
+    names = [n if n in (EMBED, REST) else str(Component.parse(n)) for n in claim.nodes]
+    if len(set(names)) < len(names): raise HypothesisError(f"{where} names a component twice: {', '.join(claim.nodes)}")
+    if names != [*claim.nodes]: raise HypothesisError(f"{where}: write {', '.join(names)}, not {', '.join(claim.nodes)}")
     if not claim.positions: raise HypothesisError(f"{where} is at no position: give role positions, 'all' or 'each'")
     if len(claim.positions) > 1 and {ALL, EACH} & set(claim.positions): raise HypothesisError(f"{where}: 'all' and 'each' must stand alone")
     if claim.positions == (EACH,) and (claim.reads is not None or claim.part or claim.is_rest):
         raise HypothesisError(f"{where}: where every position is drawn for itself, nothing can be read and no part be taken")
     odd = sorted(set(claim.reads or {}) - set(claim.inputs))
     if odd: raise HypothesisError(f"{where} has no input {odd[0]!r}" + (f": there is {', '.join(claim.inputs)}" if claim.inputs else ""))
+    if claim.reads is not None and not claim.inputs: raise HypothesisError(f"{where} has no inputs: leave its reads out")
     for x, names in (claim.reads or {}).items():
         if OWN in names and len(names) > 1: raise HypothesisError(f"{where}: input {x!r} is 'own' and more: make it one or the other")
     _check_part(claim, where)
@@ -99,7 +104,7 @@ def _check_part(claim: Claim, where: str):
         return
     raise HypothesisError(f"{where}: no part {claim.part!r}: there is 'subspace N', N at least 1, and 'fitted'")
 
-# %% ../nbs/w14b-hypotheses.ipynb #3b5ffa4e
+# %% ../nbs/w14b-hypotheses.ipynb #ae1b9b5e
 UNIMPORTANT = ("together", "per parent", "separately")
 
 
@@ -153,7 +158,7 @@ def _check_hypothesis(h: Hypothesis):
 
 def _check_input(h: Hypothesis, claim: Claim, which: str, children: Sequence[Claim]):
     where = f"hypothesis {h.name!r}: input {which!r} of claim {claim.name!r}"
-    if sum(c.is_rest for c in children) > 1: raise HypothesisError(f"{where} reads two claims about 'rest': there is one rest")
+    _check_voices(children, where)
     first = claim.layers[0]
     for child in children:
         late = child.layers[1] >= first and not (which == "in" and child.layers[1] == first and child.inputs == HEAD_INPUTS)
@@ -163,9 +168,19 @@ def _check_input(h: Hypothesis, claim: Claim, which: str, children: Sequence[Cla
             raise HypothesisError(f"{where} reads {child.name!r} at {', '.join(child.positions)}, but is itself at {', '.join(claim.positions)}")
 
 
+def _check_voices(claims: Sequence[Claim], where: str):
+    "What is heard at a position is heard from one claim, or in parts: differences add up, and two of a whole output would count it twice."
+    if sum(c.is_rest for c in claims) > 1: raise HypothesisError(f"{where} reads two claims about 'rest': there is one rest")
+    for a, b in combinations(claims, 2):
+        both = sorted({*a.nodes} & {*b.nodes})
+        at = {*a.positions} & {*b.positions} or {ALL, EACH} & {*a.positions, *b.positions}
+        if both and at and (a is b or not (a.part and b.part)):
+            raise HypothesisError(f"{where} reads {both[0]} from {a.name!r} and again from {b.name!r}: make it one claim, or claims about parts")
+
+
 def _check_output(h: Hypothesis):
     claims = [h.claim(name) for name in h.output]
-    if sum(c.is_rest for c in claims) > 1: raise HypothesisError(f"hypothesis {h.name!r}: the logits read two claims about 'rest'")
+    _check_voices(claims, f"hypothesis {h.name!r}: the output")
     for c in claims:
         if not c.is_rest and not {"END", ALL, EACH} & set(c.positions):
             raise HypothesisError(f"hypothesis {h.name!r}: the logits read {c.name!r} at {', '.join(c.positions)}, but they are at END")
@@ -199,7 +214,7 @@ def describe(
 
 Hypothesis.__str__ = describe
 
-# %% ../nbs/w14b-hypotheses.ipynb #e259fecb
+# %% ../nbs/w14b-hypotheses.ipynb #791bf9f1
 def _listed(x, what: str, where: str) -> tuple[str, ...]:
     if isinstance(x, str): return (x,)
     if isinstance(x, Sequence) and all(isinstance(i, str | int) for i in x): return tuple(map(str, x))
@@ -264,15 +279,31 @@ def packaged_hypotheses() -> dict[str, Path]:  # name → file
     return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
 
 
+def _once(pairs: list[tuple]) -> dict:
+    "Both formats keep the last of two claims of one name; here that is an error. Raises `ValueError`."
+    names = [name for name, _ in pairs]
+    twice = [n for n in names if names.count(n) > 1]
+    if twice: raise ValueError(f"{twice[0]!r} is given twice")
+    return dict(pairs)
+
+
+class _OnceEach(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        _once([(key.value, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep)
+
+
 def load_hypothesis(
     path: str | Path,  # a YAML or JSON file, or the name of a packaged one
 ) -> Hypothesis:
     "Read one. Raises `HypothesisError` that names the file."
     file = packaged_hypotheses().get(str(path), Path(path))
-    try: data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text, object_pairs_hook=_once) if file.suffix == ".json" else yaml.load(text, _OnceEach)
     except FileNotFoundError:
         raise HypothesisError(f"{path}: no such file, and no packaged hypothesis: there is {', '.join(packaged_hypotheses())}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except (OSError, ValueError, yaml.YAMLError) as e:
         raise HypothesisError(f"{path}: cannot be read as YAML or JSON ({' '.join(str(e).split())})") from None
     try: return hypothesis_from_dict(data)
     except InputError as e: raise HypothesisError(f"{path}: {e}") from None

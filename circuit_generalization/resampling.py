@@ -20,7 +20,7 @@ from .hypotheses import ALL, EACH, Claim, Hypothesis, HypothesisError
 from .prompts import PromptSet
 from .wording import rng_of
 
-# %% ../nbs/w14c-resampling.ipynb #afd9679e
+# %% ../nbs/w14c-resampling.ipynb #ccb621e6
 Feature = Callable[[PromptSet], Sequence]  # a value for each prompt, or an array [prompt, pos]: the value at each position
 
 
@@ -47,8 +47,10 @@ def feature_values(
     elif what in prompts.labels: values = prompts.labels[what].to_numpy()
     else:
         raise HypothesisError(f"no feature {what!r}: there is {', '.join(features)}, and these prompts' labels {', '.join(prompts.labels)}")
+    if values.shape not in ((len(prompts),), tuple(prompts.tokens.shape)):
+        raise HypothesisError(f"feature {name!r} has shape {values.shape}: it should have a value for each of {len(prompts)} prompts, "
+                              f"or for each of their {prompts.tokens.shape[1]} positions too")
     if role: values = _at_role(values, prompts, name, role)
-    if len(values) != len(prompts): raise HypothesisError(f"feature {name!r} has {len(values)} values for {len(prompts)} prompts")
     if values.dtype.kind == "f": values = values.round(9)  # shares that are equal should be found equal
     return pd.factorize(values.reshape(-1))[0].reshape(values.shape)
 
@@ -98,7 +100,7 @@ def joined(
     "Classes of prompts that agree on all keys."
     return np.unique(np.stack(keys, 1), axis=0, return_inverse=True)[1].reshape(-1)
 
-# %% ../nbs/w14c-resampling.ipynb #9d078d8e
+# %% ../nbs/w14c-resampling.ipynb #73eccd0e
 @dataclass(frozen=True)
 class Rest:
     "The prompts on which what does not matter is computed."
@@ -106,12 +108,17 @@ class Rest:
     classes: Classes
     key: tuple  # of the generator
     separately: bool = False
-    chosen: slice | None = None  # samples; None: all
+    chosen: Int[np.ndarray, " some"] | None = None  # samples; None: all
 
     @cached_property
     def _one(self) -> Int[np.ndarray, " sample"]: return self._drawn(*self.key)
 
-    def _drawn(self, *key) -> Int[np.ndarray, " sample"]: return self.classes.draw(self.like, rng_of(*key))[self.chosen or slice(None)]
+    def _drawn(self, *key) -> Int[np.ndarray, " sample"]: return self.classes.draw(self.like, rng_of(*key))[self._all]
+
+    @property
+    def _all(self) -> Int[np.ndarray, " some"]: return np.arange(len(self.like)) if self.chosen is None else self.chosen
+
+    def __getitem__(self, some: slice) -> "Rest": return replace(self, chosen=self._all[some])
 
     def of(
         self,
@@ -130,7 +137,7 @@ class Drawn:
 
     def __getitem__(self, some: slice) -> "Drawn":
         "The tree of some samples: their draws are the same as among all."
-        return Drawn(self.datum[some], replace(self.rest, chosen=some), {name: d[some] for name, d in self.children.items()})
+        return Drawn(self.datum[some], self.rest[some], {name: d[some] for name, d in self.children.items()})
 
 
 class Resampler:
@@ -148,11 +155,11 @@ class Resampler:
 
     def _classes_of(self, claim: Claim, features) -> Classes | list[Classes] | None:
         "Of a claim: None, where its prompt is not exchanged; of 'each' a list, one a position."
-        if claim.feature is None: return None
         for role in set(claim.positions) - {ALL, EACH}:
             if role not in self.prompts.positions and not claim.is_rest:
                 raise HypothesisError(f"claim {claim.name!r} is at {role}, but these prompts have no such role: there is "
                                       f"{', '.join(self.prompts.positions)}")
+        if claim.feature is None: return None
         values = [feature_values(self.prompts, name, features) for name in claim.feature]
         each = claim.positions == (EACH,)
         for name, v in zip(claim.feature, values):
@@ -182,23 +189,23 @@ class Resampler:
             found = {}
             for name in names:
                 claim, here = self.hypothesis.claim(name), (*path, name)
-                datum = self._datum(name, like, ("scrub", seed, *(here if not claim.is_rest else (*path, "rest"))))
+                key = (*path, "rest", *(claim.feature or ())) if claim.is_rest else here  # of no feature: the key of what no claim names
+                datum = self._datum(name, like, ("scrub", seed, *key))
                 found[name] = Drawn(datum, rest(datum, here), below(claim.children, datum, here))
             return found
         return Drawn(references, rest(references, ()), below(self.hypothesis.output, references, ()))
 
-# %% ../nbs/w14c-resampling.ipynb #e97354cb
+# %% ../nbs/w14c-resampling.ipynb #10ce169e
 def entropy(
     resampler: Resampler,
 ) -> float:  # bits
     "Of all prompts that are drawn, under uniform references. What is sampled separately counts once for each reader."
     h, total = resampler.hypothesis, float(np.log2(len(resampler.prompts)))
-    def readers(): return [("", h.output, None), *((c.name, c.children, c) for _, c in h.walk() if c.reads is not None)]
     for _, claim in h.walk():
         classes = resampler.classes[claim.name]
         if classes is not None: total += sum(c.information for c in (classes if isinstance(classes, list) else [classes]))
-    with_rest = [c for _, _, c in readers() if c is None or has_rest(h, c)]
-    return total + resampler.any.information * (min(1, len(with_rest)) if h.unimportant == "together" else len(with_rest))
+    rests = has_rest(h, None) + sum(has_rest(h, c) for _, c in h.walk())
+    return total + resampler.any.information * (min(1, rests) if h.unimportant == "together" else rests)
 
 
 def has_rest(

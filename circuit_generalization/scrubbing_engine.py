@@ -38,7 +38,7 @@ def why_not_scrubbed(
     except (RuntimeError, AttributeError, TypeError, ValueError, LookupError) as e: return f"its parts do not fit ({type(e).__name__})"
     return None if bool((ours - theirs).abs().max() <= 1e-3 * max(1.0, float(theirs.abs().max()))) else "a trial gave other logits"
 
-# %% ../nbs/w14d-scrubbing-engine.ipynb #0ecdd29c
+# %% ../nbs/w14d-scrubbing-engine.ipynb #ef7adff8
 @dataclass(frozen=True)
 class Part:
     "Of what a component writes at each of a claim's positions."
@@ -63,13 +63,15 @@ def find_part(
     said: Float[Tensor, "prompt place d_model"],  # by the component, on every prompt
     values: Int[np.ndarray, " prompt"],  # of the claim's feature
     fit_on: Int[np.ndarray, " chosen"],  # prompts
+    has: Bool[Tensor, "prompt place"] | None = None,  # whether a prompt has the place; None: all have all
 ) -> Part:
     "Class means; a value that was not met where it is fitted gets the mean of all."
     ids = torch.as_tensor(values, device=said.device)
     chosen, n = torch.as_tensor(fit_on, device=said.device), int(values.max()) + 1
-    sums = torch.zeros(n, *said.shape[1:], dtype=said.dtype, device=said.device).index_add_(0, ids[chosen], said[chosen])
-    sizes = torch.bincount(ids[chosen], minlength=n).to(said)[:, None, None]
-    centre = said[chosen].mean(0)
+    here = (torch.ones_like(said[..., 0]) if has is None else has.to(said))[chosen, :, None]
+    sums = said.new_zeros(n, *said.shape[1:]).index_add_(0, ids[chosen], said[chosen] * here)
+    sizes = said.new_zeros(n, said.shape[1], 1).index_add_(0, ids[chosen], here)
+    centre = sums.sum(0) / sizes.sum(0).clamp(min=1)
     means = torch.where(sizes > 0, sums / sizes.clamp(min=1), centre)
     if kind == "fitted": return Part(None, means[ids])
     directions = torch.linalg.svd((means - centre).transpose(0, 1), full_matrices=False).Vh[:, : int(kind.split()[1])]
@@ -100,7 +102,7 @@ class _Base:
     def of(self, component: str) -> Int[Tensor, " sample"]:
         return self.one if self.rest is None else torch.as_tensor(self.rest.of(f"{self.key} hears {component}"), device=self.device)
 
-# %% ../nbs/w14d-scrubbing-engine.ipynb #1c4f5f7d
+# %% ../nbs/w14d-scrubbing-engine.ipynb #299ad26e
 class Scrubber:
     "A hypothesis on a model and prompts: `logits` of trees of draws. Raises `HypothesisError`, `InputError`."
 
@@ -132,7 +134,8 @@ class Scrubber:
         places = torch.stack([self.roles[r] for r in claim.positions], 1)
         values = [feature_values(self.prompts, name, features) for name in claim.feature]
         ids = np.unique(np.stack(values, 1), axis=0, return_inverse=True)[1].reshape(-1)
-        return find_part(claim.part, said[rows[:, None], places], ids, fit_on)
+        has = torch.stack([self._has(r, rows) for r in claim.positions], 1)
+        return find_part(claim.part, said[rows[:, None], places], ids, fit_on, has)
 
     def _clean(self, layer: int, head: int | None, who, where=slice(None)) -> Float[Tensor, "*sample d_model"]:
         "What a component writes on some prompts; layer -1: what enters the first block."
@@ -145,10 +148,10 @@ class Scrubber:
         real = self.run.pos[frame] >= 0
         if {ALL, EACH} & set(claim.positions): return real
         marks = torch.zeros_like(real)
-        for role in claim.positions: marks[torch.arange(len(frame), device=marks.device), self.roles[role][frame]] = self._has(role, frame)
+        for role in claim.positions: marks[torch.arange(len(frame), device=marks.device), self.roles[role][frame]] |= self._has(role, frame)
         return marks
 
-    def _has(self, role: str, frame): return (self.prompts.positions[role].to(frame.device) >= 0)[frame]
+    def _has(self, role: str, frame) -> Bool[Tensor, " sample"]: return (self.prompts.positions[role].to(frame.device) >= 0)[frame]
 
     def _difference(self, s: _Said, base: _Base, sample, column) -> Float[Tensor, "row d_model"]:
         "What a claim changes in some rows of a reader's stream."
@@ -272,7 +275,7 @@ def check_fits_model(
                 if model.cfg.parallel_attn_mlp and child.layers[1] == claim.layers[0]:
                     raise HypothesisError(f"claim {claim.name!r} reads {child.name!r} of its own layer; this model's MLPs do not hear these heads")
 
-# %% ../nbs/w14d-scrubbing-engine.ipynb #1974f524
+# %% ../nbs/w14d-scrubbing-engine.ipynb #1b05c011
 class _Hooks:
     "The scrubbed model by plain hooks; positions as given, right-padded."
 
@@ -326,7 +329,7 @@ class _Hooks:
         datum, at = torch.as_tensor(drawn.datum), torch.zeros(len(frame), self.prompts.tokens.shape[1], dtype=torch.bool)
         for i, f in enumerate(frame.tolist()):
             if {ALL, EACH} & set(claim.positions): at[i, : int(self.prompts.lengths[f])] = True
-            else: at[i, [int(self.prompts.positions[r][f]) for r in claim.positions]] = True
+            else: at[i, [p for r in claim.positions if (p := int(self.prompts.positions[r][f])) >= 0]] = True
         components = [(-1, None)] if claim.nodes == (EMBED,) else [(c.layer, c.head) for c in claim.components]
         if claim.reads is None:
             def own(layer, head):
