@@ -202,7 +202,8 @@ BAD = {
     "output: m\nclaims: {m: {nodes: [embed, a0.h0]}}": "claim 'm': 'embed' must stand alone",
     "output: m\nclaims: {m: {nodes: [a0.h0, rest]}}": "claim 'm': 'rest' must stand alone",
     "output: m\nclaims: {m: {nodes: a0}}": "claim 'm': 'a0' is not a component",
-    "output: m\nclaims: {m: {nodes: [a0.h0, m0], reads: own}}": "claim 'm' reads, and has heads and MLPs, whose inputs are not the same: make it two claims",
+    "output: m\nclaims: {m: {nodes: [a0.h0, m0], reads: own}}":
+        "claim 'm' reads, and has heads and MLPs, whose inputs are not the same: make it two claims",
     "output: m\nclaims: {m: {nodes: [a0.h0, a0.h0]}}": "claim 'm' names a component twice: a0.h0, a0.h0",
     "output: m\nclaims: {m: {nodes: [a0.h01]}}": "claim 'm': write a0.h1, not a0.h01",
     "output: m\nclaims: {m: {nodes: a0.h0, positions: []}}": "claim 'm' is at no position",
