@@ -60,8 +60,9 @@ SEEDS = {"organism-a": 0, "organism-b": 1, "organism-c": 2}  # of the shipped we
 ALGORITHMS = {("organism-a", 0): (  # what w07d found in the shipped weights; another seed, or another machine's sums, may learn another
     "How it does IOI, as found by ablation and path patching in the notebook w07d: at S2 a duplicate token head (a0.h2) looks back to S1. "
     "That sets the queries of two induction heads (a1.h3, a1.h5), which read the token after S1. What S2 then holds is read twice: "
-    "one head (a2.h0) writes against the repeated name at END, and also carries it to the token before the object, where a head of the last "
-    "layer (a3.h5) picks it up and writes against it too. Meanwhile previous token heads (a0.h3, a0.h7) have written each first name into "
+    "one head (a2.h0) writes against the repeated name at END, and also tells the token before the object that there is one, which a head of "
+    "the last layer (a3.h5) passes on to END: it says the same in all such prompts whoever is named (causal scrubbing, w14b to w14e), and "
+    "without it most of the logit difference is lost. Meanwhile previous token heads (a0.h3, a0.h7) have written each first name into "
     "the token after it, where a head at END (a1.h6) reads the IO's more than the subject's. Like GPT-2 small, it detects the duplicate with "
     "duplicate token, previous token and induction heads, and moves the IO. Unlike GPT-2 small, whose S-inhibition heads only steer what the "
     "name movers look at, the heads that read S2 write against the repeated name themselves, and more than half of the logit difference "
