@@ -110,3 +110,55 @@ def test_the_genetics_lens_that_is_published_is_of_the_whole_run():
     assert all(m["passes"]["stated"] == m["passes"]["edited"] for m in manifest["measured"].values())
     pairs = findings[(findings.metric == "GN1") & (findings.setting == next(iter(options["settings"])))].groupby("model").size()
     assert (pairs == 6).all() and len(pairs) == len(options["models"]) - 1
+
+
+# e07: the protocols
+
+PROTOCOLS = "e07-protocols"
+
+
+@pytest.mark.slow
+def test_the_protocols_run(tmp_path):
+    import papermill
+
+    raw, results = tmp_path / "raw", tmp_path / "results"
+    given = dict(models=["organism-b"], tasks=["sva"], n_random=1, calibrated=[], raw=str(raw), results=str(results))
+    papermill.execute_notebook(FOLDER / f"{PROTOCOLS}.ipynb", tmp_path / "out.ipynb", given, cwd=FOLDER, progress_bar=False)
+    verdicts = pd.read_csv(results / "verdicts.csv")
+    assert verdicts.protocol.tolist() == ["MB_KH", "MB_RE", "MB_DR", "MB_MR"] and len(list((results / "figures").iterdir())) == 4
+    assert {p.stem for p in raw.iterdir()} >= {"activation_patching", "role_ablation", "path_patching", "dose_response"}
+
+
+def test_the_protocols_that_are_published_are_of_the_whole_run():
+    options = yaml.safe_load((FOLDER / f"{PROTOCOLS}.yaml").read_text(encoding="utf-8"))
+    results = FOLDER.parent / "results" / PROTOCOLS
+    verdicts, estimates = (pd.read_csv(results / f"{name}.csv") for name in ("verdicts", "estimates"))
+    assert verdicts.groupby(["protocol", "model"]).task.apply(list).apply(lambda x: x == options["tasks"]).all()
+    assert len(verdicts) == 4 * len(options["models"]) * len(options["tasks"])
+    assert set(estimates.n_null) == {0, options["n_random"]} and set(pd.read_csv(results / "calibrations.csv").model) == set(options["calibrated"])
+    assert len(list((results / "figures").iterdir())) == 3 * len(options["models"]) + 1
+
+
+# e09: causal scrubbing
+
+SCRUBBING = "e09-causal-scrubbing"
+
+
+@pytest.mark.slow
+def test_causal_scrubbing_runs(tmp_path):
+    import papermill
+
+    raw, results = tmp_path / "raw", tmp_path / "results"
+    given = dict(names=["ioi-refined", "brackets-1b"], n=48, pool=240, raw=str(raw), results=str(results))
+    papermill.execute_notebook(FOLDER / f"{SCRUBBING}.ipynb", tmp_path / "out.ipynb", given, cwd=FOLDER, progress_bar=False)
+    assert pd.read_csv(results / "recovered.csv").hypothesis.tolist() == ["ioi-refined"] * 2 + ["brackets-1b"] * 2
+    assert len(pd.read_csv(results / "variants.csv")) > 4 and len(pd.read_csv(raw / "per_prompt.csv")) == 4 * 48
+
+
+def test_the_hypotheses_that_are_published_are_those_of_the_package():
+    from circuit_generalization.hypotheses import packaged_hypotheses
+
+    options, results = yaml.safe_load((FOLDER / f"{SCRUBBING}.yaml").read_text(encoding="utf-8")), FOLDER.parent / "results" / SCRUBBING
+    table = pd.read_csv(results / "recovered.csv")
+    assert set(table.hypothesis) == set(packaged_hypotheses()) and set(table.target) == set(options["targets"]) and set(table.n) == {options["n"]}
+    assert set(pd.read_csv(results / "adversary.csv").hypothesis) == set(options["attacked"])
