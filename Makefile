@@ -46,7 +46,7 @@ test: $(INSTALLED)  ## Lint, then run every test and every notebook
 	$(TEST)/nbdev-test --n-workers $(WORKERS) --flags slow --timing
 	@echo 'make test: all passed (lint, fast tests, slow tests, notebooks)'
 
-experiments: $(INSTALLED)  ## Run the experiments again (about an hour), into experiments/ and results/
+experiments: $(INSTALLED)  ## Run the experiments again (some hours), into experiments/ and results/
 	for name in $(EXPERIMENTS); do \
 	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 experiments/$$name.ipynb; done
 	$(BIN)/nbdev-clean --fname experiments
