@@ -9,6 +9,7 @@ __all__ = ['OWN', 'REST', 'EMBED', 'ALL', 'EACH', 'HEAD_INPUTS', 'UNIMPORTANT', 
 
 # %% ../nbs/w14b-hypotheses.ipynb #e3fee806
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -327,8 +328,8 @@ def hypothesis_graph(
     graph = nx.DiGraph()
     graph.add_node("logits", label="logits")
     for c in h.claims:
-        label = f"{c.name}\n{', '.join(c.nodes)}" + ("" if c.is_rest else f" at {', '.join(c.positions)}") + f"\n{_carries(c)}"
-        graph.add_node(c.name, label=label + (f" ({c.part})" if c.part else ""))
+        label = f"{c.name}\n{', '.join(c.nodes)}" + ("" if c.is_rest else f" at {', '.join(c.positions)}") + "\n"
+        graph.add_node(c.name, label=label + textwrap.fill(_carries(c) + (f" ({c.part})" if c.part else ""), 26))
     for reader, reads in [("logits", {"": h.output}), *((c.name, c.reads or {}) for c in h.claims)]:
         for x, senders in reads.items():
             for s in senders:
@@ -360,7 +361,7 @@ def plot_hypothesis(
     graph = hypothesis_graph(h)
     at = _places(graph)
     wide, deep = max(x for x, _ in at.values()) + 0.5, min(y for _, y in at.values())
-    figure = Figure(figsize=(max(5.0, 2.2 * wide), 1.2 * (1 - deep) + 0.4), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(max(5.0, 2.4 * wide), 1.2 * (1 - deep) + 0.4), layout="constrained", facecolor="white")
     axes = figure.subplots()
     nx.draw_networkx_edges(graph, at, ax=axes, edge_color="#888888", arrowsize=12, node_size=3000)
     nx.draw_networkx_edge_labels(graph, at, {(a, b): x for a, b, x in graph.edges(data="into")}, ax=axes, font_size=8, rotate=False)
