@@ -342,6 +342,6 @@ def test_what_heads_of_the_organism_carry(organism, pool, node, feature, low, hi
 
 @pytest.mark.slow
 def test_prompts_are_made_for_the_task(organism):
-    got = scrub(organism, h_of({"r": dict(nodes="rest", feature=["answer", "distractor"])}, task="ioi"), n=50, target="ld")
+    got = scrub(organism, h_of({"r": dict(nodes="rest", feature=["answer", "distractor"])}, task="ioi"), n=50, target="ld", pool=200)
     assert (got.settings["n"], got.settings["n_pool"]) == (50, 200) and got.settings["task"] == "ioi"
     assert got.settings["prompts"] == prompts_hash(scrub_prompts("ioi", 200, organism.tokenizer))
