@@ -76,9 +76,7 @@ def test_a_claim_called_anything_is_not_overwritten():
 
 def swaps(h, prompts, name):
     classes = Resampler(h, prompts).classes[name]
-    same = np.ones((len(prompts),) * 2, bool) & (np.arange(len(prompts))[:, None] == np.arange(len(prompts))) if classes is None else \
-        classes.ids[:, None] == classes.ids
-    return same
+    return classes.ids[:, None] == classes.ids
 
 
 @settings(max_examples=40, deadline=None)
@@ -112,8 +110,7 @@ def test_every_detail_is_one_more_feature_or_one_more_input():
     assert found["late", "its own k"].claim("late").reads["k"] == ("own",) and found["early", "carries order"].claim("early").feature[-1] == "order"
 
 
-def test_an_adversary_finds_what_was_left_out_and_confirms_it_on_other_prompts(model, prompts):
-    "All heads of the last layer carry the word at END - 3, by which the answer is chosen: without it the rest of the stream is exchanged."
+def test_an_adversary_says_by_how_much_each_detail_moves_the_score(model, prompts):
     h = claims_of(rest=dict(nodes="rest", feature=["colour"]))
     table = adversary(model, h, prompts, ["token@S", "order"], n=80, n_confirmed=1)
     assert set(table.added) == {"carries token@S", "carries order"} and table.change.notna().all() and (table.p_adjusted >= table.p_value).all()

@@ -124,5 +124,4 @@ def test_hypotheses_are_ordered_as_they_should_be():
         with quiet(): bridge = load_model(model)
         prompts = prompts_for(bridge, load_hypothesis(names[0]), 300, pool=2400)
         share = [scrub(bridge, name, prompts, 300, target="ld").recovered for name in names]
-        print({n: str(s) for n, s in zip(names, share)})
         assert share[-1].low > 0.75 and share[-1].estimate > share[-2].estimate and share[0].high < share[-1].low
