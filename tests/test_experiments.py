@@ -152,7 +152,8 @@ def test_causal_scrubbing_runs(tmp_path):
     given = dict(names=["ioi-refined", "brackets-1b"], n=48, pool=240, raw=str(raw), results=str(results))
     papermill.execute_notebook(FOLDER / f"{SCRUBBING}.ipynb", tmp_path / "out.ipynb", given, cwd=FOLDER, progress_bar=False)
     assert pd.read_csv(results / "recovered.csv").hypothesis.tolist() == ["ioi-refined"] * 2 + ["brackets-1b"] * 2
-    assert len(pd.read_csv(results / "variants.csv")) > 4 and len(pd.read_csv(raw / "per_prompt.csv")) == 4 * 48
+    assert len(pd.read_csv(results / "variants.csv")) > 4 and len(pd.read_csv(results / "heads.csv")) == 21
+    assert len(pd.read_csv(raw / "per_prompt.csv")) == 2 * 48
 
 
 def test_the_hypotheses_that_are_published_are_those_of_the_package():
