@@ -54,7 +54,7 @@ def feature_columns(
     "The columns 'family.name' of some families."
     return [c for c in cases if "." in c and (families is None or c.split(".")[0] in families)]
 
-# %% ../nbs/w15e-cases.ipynb #3d7017c4
+# %% ../nbs/w15e-cases.ipynb #21f18f45
 TARGETS = ("not active", "decided")
 
 
@@ -64,7 +64,7 @@ def target_of(
 ) -> Float[np.ndarray, " case"]:  # 1 fails, 0 active, NaN not counted
     "Did the circuit fail? Raises `InputError` for an unknown target."
     if target not in TARGETS: raise InputError(f"no target {target!r}: there is {', '.join(TARGETS)}")
-    fails = (cases.verdict != "active").astype(float).to_numpy()
+    fails = np.array(cases.verdict != "active", dtype=float)
     return np.where(cases.verdict == "undecided", np.nan, fails) if target == "decided" else fails
 
 # %% ../nbs/w15e-cases.ipynb #f74fa820

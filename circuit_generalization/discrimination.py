@@ -19,8 +19,8 @@ from scipy import stats as distributions
 from .errors import InputError
 from .stats import _ROUNDING, MIN_CLUSTERS, ClusteredMean, Interval, clustered_mean
 
-# %% ../nbs/w06d-discrimination.ipynb #6c9e0083
-def _two_kinds(
+# %% ../nbs/w06d-discrimination.ipynb #8717b1f9
+def _scored(
     scores: Float[np.ndarray, " prompt"],  # numbers; infinite ones can be ordered, NaN cannot
     truth: Bool[np.ndarray, " prompt"],  # True or False, 1 or 0
 ) -> tuple[Float[np.ndarray, " prompt"], Bool[np.ndarray, " prompt"]]:
@@ -34,9 +34,17 @@ def _two_kinds(
         raise InputError(f"{bad.size} of {scores.size} scores are NaN (positions {which}): leave these prompts out and report how many")
     if pd.isna(truth).any() or not np.isin(truth, (0, 1)).all():
         raise InputError("truth must be True or False (1 or 0) for every prompt: leave out prompts whose truth is not known")
-    truth = truth.astype(bool)
+    return scores, truth.astype(bool)
+
+
+def _two_kinds(
+    scores: Float[np.ndarray, " prompt"],  # as in `_scored`
+    truth: Bool[np.ndarray, " prompt"],  # as in `_scored`
+) -> tuple[Float[np.ndarray, " prompt"], Bool[np.ndarray, " prompt"]]:
+    "As `_scored`. Raises `InputError` as well where all prompts are of one kind."
+    scores, truth = _scored(scores, truth)
     if truth.all() or not truth.any():
-        raise InputError(f"{truth.sum()} true and {(~truth).sum()} false prompts: an AUROC compares the two kinds, so it needs both")
+        raise InputError(f"{truth.sum()} true and {(~truth).sum()} false prompts: the two kinds are compared, so both are needed")
     return scores, truth
 
 
@@ -88,7 +96,7 @@ def _newcombe_low(area: float, m: float, n: float, t: float) -> float:
     "The smallest AUROC that is not more than t of its own standard errors below `area` (Newcombe 2006, method 5)."
     return optimize.brentq(lambda low: area - low - t * sqrt(_newcombe_variance(low, m, n)), 0, area * (1 - 1e-9))
 
-# %% ../nbs/w06d-discrimination.ipynb #e22c187c
+# %% ../nbs/w06d-discrimination.ipynb #6c0f4bc0
 def _one_more(area: float, templates: int) -> float:
     "How far one more template, on which the score is at chance, would move an AUROC."
     return (area - 0.5) / (templates + 1)
@@ -115,7 +123,17 @@ def auroc(
     """Share of (true, false) pairs in which the true prompt scores higher, ties a half; template-clustered interval.
     Obuchowski's (1997) variance and one more template at chance give the effective numbers of prompts for Newcombe's (2006, method 5) interval.
     Raises `InputError` for NaN scores or a missing kind."""
-    empty, summary, templates = _over_templates(_pseudo_values(scores, truth), truth, clusters, level)
+    return _area_interval(_pseudo_values(scores, truth), truth, clusters, level)
+
+
+def _area_interval(
+    values: Float[np.ndarray, " prompt"],  # pseudo-values; their mean is the AUROC
+    truth: Bool[np.ndarray, " prompt"],  # as in `auroc`
+    clusters: Sequence[Hashable],  # as in `auroc`
+    level: float,  # confidence level
+) -> Interval:
+    "The interval of `auroc`, from pseudo-values."
+    empty, summary, templates = _over_templates(values, truth, clusters, level)
     if templates < MIN_CLUSTERS:
         return empty
     area, more, m = summary.mean, _one_more(summary.mean, templates), int(np.sum(truth))
@@ -123,7 +141,7 @@ def auroc(
     low, above = (_newcombe_low(a, m / d, (summary.n - m) / d, t) for a in (area, 1 - area))
     return replace(empty, low=low, high=1 - above, method="Newcombe, clustered n, one more template at chance")
 
-# %% ../nbs/w06d-discrimination.ipynb #5e883e83
+# %% ../nbs/w06d-discrimination.ipynb #b5fd210d
 def auroc_difference(
     a: Float[np.ndarray, " prompt"],  # one score of each prompt
     b: Float[np.ndarray, " prompt"],  # another score of the same prompts
@@ -133,7 +151,17 @@ def auroc_difference(
 ) -> Interval:  # of AUROC(a) - AUROC(b), inside [-1, 1]
     """Difference of two AUROCs on the same prompts, template-clustered: t interval from Obuchowski's (1997) variance and covariance,
     with one more template at chance for each score. Raises `InputError` as `auroc`."""
-    a, b = _pseudo_values(a, truth), _pseudo_values(b, truth)
+    return _area_difference(_pseudo_values(a, truth), _pseudo_values(b, truth), truth, clusters, level)
+
+
+def _area_difference(
+    a: Float[np.ndarray, " prompt"],  # pseudo-values of one score
+    b: Float[np.ndarray, " prompt"],  # and of the other
+    truth: Bool[np.ndarray, " prompt"],  # as in `auroc`
+    clusters: Sequence[Hashable],  # as in `auroc`
+    level: float,  # confidence level
+) -> Interval:
+    "The interval of `auroc_difference`, from pseudo-values."
     empty, summary, templates = _over_templates(a - b, truth, clusters, level)
     if templates < MIN_CLUSTERS:
         return empty

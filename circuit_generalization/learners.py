@@ -73,44 +73,57 @@ def reading(
     columns = make_column_transformer((words, "prompt"), remainder=OneHotEncoder(handle_unknown="ignore"))
     return make_pipeline(columns, LogisticRegression(C=strength, max_iter=3000, random_state=seed))
 
-# %% ../nbs/w15f-learners.ipynb #3fa749fd
+# %% ../nbs/w15f-learners.ipynb #2896365e
 CANDIDATES: dict[str, Callable] = {"logistic, C 0.01": partial(logistic, 0.01), "logistic, C 0.1": partial(logistic, 0.1),
                                    "boosting, 4 leaves": partial(boosting, 4), "boosting, 12 leaves": partial(boosting, 12)}
 READERS: dict[str, Callable] = {"words, C 0.01": partial(reading, 0.01), "words, C 0.1": partial(reading, 0.1)}
 
 
-def _log_loss(risk: Float[np.ndarray, " case"], y: Float[np.ndarray, " case"]) -> float:
-    risk = np.clip(risk, 1e-6, 1 - 1e-6)
-    return float(-np.mean(np.where(y == 1, np.log(risk), np.log(1 - risk))))
+def _fit(make: Callable, table: pd.DataFrame, y: Float[np.ndarray, " case"], seed: int):
+    "Fitted on the columns that hold something: scikit-learn's trees refuse a column of gaps."
+    return make(seed=seed).fit(table[[c for c in table if table[c].notna().any()]], y)
+
+
+def _ask(fitted, table: pd.DataFrame) -> Float[np.ndarray, " case"]:
+    "Probabilities of a classifier, values of a regression."
+    return fitted.predict_proba(table)[:, 1] if hasattr(fitted, "predict_proba") else fitted.predict(table)
+
+
+def _loss(fitted, said: Float[np.ndarray, " case"], y: Float[np.ndarray, " case"]) -> float:
+    "Log loss of a classifier, squared error of a regression; mean."
+    if not hasattr(fitted, "predict_proba"): return float(np.mean((said - y) ** 2))
+    said = np.clip(said, 1e-6, 1 - 1e-6)
+    return float(-np.mean(np.where(y == 1, np.log(said), np.log(1 - said))))
 
 
 def fit_chosen(
     cases: pd.DataFrame,  # the training side
-    y: Float[np.ndarray, " case"],  # 0 or 1
+    y: Float[np.ndarray, " case"],  # 0 or 1; for a regression any numbers
     columns: Sequence[str],
     candidates: dict[str, Callable] = CANDIDATES,  # name: function of a seed
     seed: int = 0,
     inner: int = 3,  # folds of the choice
 ):  # a fitted estimator, and its name; None where there is nothing to learn from
-    "The candidate with the smallest log loss on unseen units of the training side, fitted on all of it."
+    "The candidate with the smallest loss on unseen units of the training side, fitted on all of it."
     if not len(columns) or len(set(y)) < 2: return None, "base rate"
     table, names, losses = cases[list(columns)], list(candidates), {}
     splits = template_splits(cases, inner, seed) if cases.unit.nunique() >= MIN_CLUSTERS and len(names) > 1 else []
-    splits = [s for s in splits if len(set(y[s.train])) == 2]
+    splits = [s for s in splits if len(set(y[s.train])) > 1]
     for name in names if splits else []:
-        risks = [candidates[name](seed=seed).fit(table.iloc[s.train], y[s.train]).predict_proba(table.iloc[s.test])[:, 1] for s in splits]
-        losses[name] = _log_loss(np.concatenate(risks), np.concatenate([y[s.test] for s in splits]))
+        tried = [_fit(candidates[name], table.iloc[s.train], y[s.train], seed) for s in splits]
+        said = np.concatenate([_ask(t, table.iloc[s.test]) for t, s in zip(tried, splits)])
+        losses[name] = _loss(tried[0], said, np.concatenate([y[s.test] for s in splits]))
     best = min(losses, key=losses.get) if losses else names[0]
-    return candidates[best](seed=seed).fit(table, y), best
+    return _fit(candidates[best], table, y, seed), best
 
-# %% ../nbs/w15f-learners.ipynb #cc50e6d2
+# %% ../nbs/w15f-learners.ipynb #9a084232
 def _one_split(cases, y, columns, candidates, seed, inner, split: Split) -> pd.DataFrame:
     known = split.train[np.isfinite(y[split.train])]
     asked = split.test[np.isfinite(y[split.test])]
     if not len(asked): return pd.DataFrame()
     if not len(known): raise InputError(f"{split.name}: no cases are left to learn from; score more templates")
     fitted, name = fit_chosen(cases.iloc[known].reset_index(drop=True), y[known], columns, candidates, seed, inner)
-    risk = np.full(len(asked), y[known].mean()) if fitted is None else fitted.predict_proba(cases[list(columns)].iloc[asked])[:, 1]
+    risk = np.full(len(asked), y[known].mean()) if fitted is None else _ask(fitted, cases[list(columns)].iloc[asked])
     return pd.DataFrame(dict(case=asked, risk=risk, held_out=split.name, chosen=name, n_train=len(known)))
 
 

@@ -51,7 +51,7 @@ def role_distances(
     there = {r: np.where(p < 0, np.nan, p) for r, p in at.items()}
     return pd.DataFrame({f"distance_{a}_{b}": there[b] - there[a] for a, b in combinations(sorted(there), 2)}, index=range(len(prompts)))
 
-# %% ../nbs/w15-prompt-features.ipynb #4ab50243
+# %% ../nbs/w15-prompt-features.ipynb #1966cf74
 def _ranks(ids: np.ndarray) -> Float[np.ndarray, " id"]: return np.log10(1 + ids)
 
 
@@ -62,11 +62,12 @@ def rarity(
     place = {r["name"]: np.log10(1 + i) for i, r in enumerate(task_data("names.csv"))}
     last = [str(text).split("|")[0].split() for text in prompts.labels.answer]
     real = [row[:n].numpy() for row, n in zip(prompts.tokens, prompts.lengths)]
+    def single(ids): return np.where((ids >= 0).sum(1) == 1, _ranks(ids[:, 0].clamp(min=0).numpy()), np.nan)
     return pd.DataFrame(dict(name_rank=[place.get(words[-1], np.nan) if words else np.nan for words in last],
-                             answer_rank=_ranks(prompts.answers[:, 0].numpy()), distractor_rank=_ranks(prompts.distractors[:, 0].numpy()),
+                             answer_rank=single(prompts.answers), distractor_rank=single(prompts.distractors),
                              rarest_rank=[_ranks(r).max() for r in real]))
 
-# %% ../nbs/w15-prompt-features.ipynb #390a0057
+# %% ../nbs/w15-prompt-features.ipynb #1d2d2250
 def _names() -> frozenset[str]: return frozenset(r["name"] for r in task_data("names.csv"))
 
 
@@ -82,7 +83,7 @@ def _name_count(text: str, known: frozenset[str]) -> int:
 def counts(
     prompts: PromptSet,  # labels `prompt`, `answer` and `distractor` may be empty: then the columns of text are NaN
     tokenizer,  # None: no text
-) -> pd.DataFrame:  # tokens, words, sentences, commas, names, repeated (tokens that occur again), answer_tokens, distractor_tokens
+) -> pd.DataFrame:  # tokens, words, sentences, commas, names, repeated (tokens that occur again), answers, distractors, <either>_tokens
     "Numbers of things in the prompt."
     rows, known = [], _names()
     for row, n, label in zip(prompts.tokens.tolist(), prompts.lengths.tolist(), prompts.labels.itertuples()):
@@ -94,7 +95,8 @@ def counts(
             one |= {f"{what}_tokens": len(encode(tokenizer, getattr(label, what).split("|")[0])) or np.nan for what in ("answer", "distractor")}
         rows.append(one)
     columns = ["tokens", "repeated", "words", "sentences", "commas", "names", "answer_tokens", "distractor_tokens"]
-    return pd.DataFrame(rows).reindex(columns=columns).astype(float)
+    sets = {what: (getattr(prompts, what) >= 0).sum(1).double().numpy() for what in ("answers", "distractors")}
+    return pd.DataFrame(rows).reindex(columns=columns).astype(float).assign(**sets)
 
 # %% ../nbs/w15-prompt-features.ipynb #e7444e00
 def _pairs(ids: list[int]) -> set[tuple[int, int]]: return set(zip(ids, ids[1:]))
