@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Forecast', 'fit_forecast', 'failed_before', 'contributions', 'save_forecast', 'load_forecast']
 
-# %% ../nbs/w15g-forecast.ipynb #cbd5865f
+# %% ../nbs/w15g-forecast.ipynb #11649d09
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -119,7 +119,7 @@ def _reasons(forecast: Forecast, table: pd.DataFrame, top: int) -> list[str]:
                                + f" {row[i]:+.2f}" for i in best if abs(row[i]) >= 0.005))
     return texts
 
-# %% ../nbs/w15g-forecast.ipynb #c06faf3b
+# %% ../nbs/w15g-forecast.ipynb #a652d0b6
 def _outside(forecast: Forecast, table: pd.DataFrame) -> list[int]:
     "How many numeric features of each prompt lie beyond all cases."
     numbers = [c for c in forecast.columns if pd.api.types.is_numeric_dtype(forecast.cases[c])]
@@ -136,6 +136,13 @@ def _one(given, cases: pd.DataFrame, column: str, what: str):
     return str(names[0])
 
 
+def _with_task(prompts: PromptSet, cases: pd.DataFrame) -> PromptSet:
+    "Prompts that say nothing of their task have that of the cases, where there is only one."
+    tasks = cases.task.unique()
+    if len(tasks) > 1 or (prompts.labels.task.astype(str) != "").any(): return prompts
+    return replace(prompts, labels=prompts.labels.assign(task=str(tasks[0])))
+
+
 def _predict(
     self: Forecast,
     prompts: PromptSet,  # of one task
@@ -148,7 +155,7 @@ def _predict(
     model, circuit = _one(model, self.cases, "model", "model"), _one(circuit, self.cases, "circuit", "circuit")
     bridge = load_model(model) if isinstance(model, str | Path) else model
     circuit = circuit if isinstance(circuit, Circuit) else load_circuit(circuit)
-    families = list(dict.fromkeys(c.split(".")[0] for c in self.columns))
+    families, prompts = list(dict.fromkeys(c.split(".")[0] for c in self.columns)), _with_task(prompts, self.cases)
     table = features_of(bridge, circuit, prompts, families=families, batch_size=batch_size).table
     risk = self.risks(table)
     labels = prompts.labels[["prompt_id", "prompt"]].reset_index(drop=True)

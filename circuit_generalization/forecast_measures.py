@@ -125,7 +125,7 @@ def _pairing(
     return _Pairing(kept, truth, clusters, strata, np.where(truth, size - true, true), int((~usable).sum()))
 
 # %% ../nbs/w06f-forecast-measures.ipynb #62893a16
-_OWN_MIDDLE = 2  # templates with the rarer kind that a stratum needs for a middle of its own
+_OWN_MIDDLE = 3  # templates with the rarer kind that a stratum needs for a middle of its own
 
 
 def _places_inside(

@@ -191,7 +191,8 @@ def world(n=720, strength=2.0, seed=0, groups=18):
     fails = rng.random(n) < 1 / (1 + np.exp(1.2 - strength * hidden + 0.5 * strength * ld))
     return pd.DataFrame({"prompt_id": range(n), "task": "ioi", "model": model, "variant": variant, "axis": variant, "ld_model": ld + 5,
                          "prompt": "a b", "unit": [f"ioi:base-{u:02d}" for u in unit],
-                         "template": [f"{v}-{u % 8:02d}" for v, u in zip(variant, unit)], "gap": hidden + rng.normal(size=n), "verdict": np.where(fails, "rerouted", "active"), "behaviour.ld": ld + 5,
+                         "template": [f"{v}-{u % 8:02d}" for v, u in zip(variant, unit)], "gap": hidden + rng.normal(size=n),
+                         "verdict": np.where(fails, "rerouted", "active"), "behaviour.ld": ld + 5,
                          "circuit.hidden": hidden, "prompt.noise": rng.normal(size=n), "prompt.order": rng.choice(["ABBA", "BABA"], n),
                          "model.name": model})
 
