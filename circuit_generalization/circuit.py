@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNNAMED', 'UNIVERSES', 'FORMAT', 'CircuitError', 'Component', 'is_named', 'Node', 'Circuit', 'without',
-           'role_components', 'circuit_to_dict', 'circuit_from_dict', 'packaged_circuits', 'load_circuit', 'circuit_of',
-           'write_text_atomically', 'save_circuit', 'check_fits']
+           'role_components', 'circuit_to_dict', 'circuit_from_dict', 'packaged_circuits', 'circuit_path',
+           'circuit_data', 'load_circuit', 'circuit_of', 'source_of', 'write_text_atomically', 'save_circuit',
+           'check_fits']
 
 # %% ../nbs/w07-circuits.ipynb #5d3fba79
 import hashlib
@@ -201,7 +202,7 @@ def circuit_to_dict(
             "universe": circuit.universe, "cfg": dict(cfg or {}), "nodes": nodes, "edges": edges,
             "provenance": dict(circuit.provenance)}
 
-# %% ../nbs/w07-circuits.ipynb #90f7344a
+# %% ../nbs/w07-circuits.ipynb #a1a8dca2
 def _node_from(name: str, entry: Mapping) -> Node:
     if not isinstance(entry, Mapping): raise CircuitError(f"node {name!r} should hold an object, not {entry!r}")
     role, position, attends_to = entry.get("role"), entry.get("position"), entry.get("attends_to")
@@ -211,10 +212,11 @@ def _node_from(name: str, entry: Mapping) -> Node:
 
 
 def _in_graph(name: str, entry) -> bool:
-    "Whether a node or an edge belongs to the circuit: yes, unless it says no."
-    flag = entry.get("in_graph", True) if isinstance(entry, Mapping) else True
-    if not isinstance(flag, bool): raise CircuitError(f"in_graph of {name} should be true or false, not {flag!r}")
-    return flag
+    "Whether a node or an edge belongs to the circuit: yes, unless it says no, or is there only for EAP-IG's reader."
+    flag, implied = (entry.get("in_graph", True), entry.get("implied", False)) if isinstance(entry, Mapping) else (True, False)
+    for key, given in (("in_graph", flag), ("implied", implied)):
+        if not isinstance(given, bool): raise CircuitError(f"{key} of {name} should be true or false, not {given!r}")
+    return flag and not implied
 
 
 def _check_fields(data: Mapping):
@@ -251,15 +253,19 @@ def packaged_circuits() -> dict[str, Path]:
     folder = Path(str(resources.files("circuit_generalization") / "data" / "circuits"))
     return {p.stem: p for p in sorted(folder.glob("*.json"))} if folder.is_dir() else {}
 
-# %% ../nbs/w07-circuits.ipynb #91045042
-def load_circuit(
+# %% ../nbs/w07-circuits.ipynb #c3a8642c
+def circuit_path(
     name_or_path: str | Path,  # a packaged name such as 'organism-a-ioi', or a JSON file
-) -> Circuit:
-    "Read a circuit. Raises `CircuitError` where there is none, or the file does not make sense."
-    packaged = packaged_circuits()
-    path = packaged.get(str(name_or_path), Path(name_or_path))
+) -> Path: return packaged_circuits().get(str(name_or_path), Path(name_or_path))
+
+
+def circuit_data(
+    name_or_path: str | Path,  # a packaged name such as 'organism-a-ioi', or a JSON file
+) -> dict:
+    "Parsed JSON of a circuit's file. Raises `CircuitError` where there is none, or it is not JSON."
+    packaged, path = packaged_circuits(), circuit_path(name_or_path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
     except OSError:
         raise CircuitError(f"no circuit {str(name_or_path)!r}: it is neither a readable file nor one of "
                            f"{', '.join(packaged) or 'the packaged circuits (none)'}") from None
@@ -267,7 +273,13 @@ def load_circuit(
         raise CircuitError(f"{path}: {e}") from None
     except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or nested beyond reason
         raise CircuitError(f"{path}: not JSON ({e})") from None
-    return circuit_from_dict(data, str(path))
+
+
+def load_circuit(
+    name_or_path: str | Path,  # a packaged name such as 'organism-a-ioi', or a JSON file
+) -> Circuit:
+    "Read a circuit. Raises `CircuitError` where there is none, or the file does not make sense."
+    return circuit_from_dict(circuit_data(name_or_path), str(circuit_path(name_or_path)))
 
 
 def circuit_of(
@@ -288,6 +300,14 @@ def _once_each(pairs: list[tuple]) -> dict:
     twice = [name for name, k in Counter(name for name, _ in pairs).items() if k > 1]
     if twice: raise CircuitError(f"{twice[0]!r} is there more than once in one object: list its positions together")
     return dict(pairs)
+
+# %% ../nbs/w07-circuits.ipynb #a8229ab8
+def source_of(
+    circuit: Circuit,
+) -> str:
+    "Where the claim comes from, in a few words: a paper, 'discovered' in the model, or 'compiled' into it."
+    kind, source = circuit.provenance.get("kind"), circuit.provenance.get("source")
+    return str(kind if kind in ("discovered", "compiled") else source or kind or "not said")
 
 # %% ../nbs/w07-circuits.ipynb #e0489c4d
 def write_text_atomically(

@@ -19,7 +19,7 @@ from .forward import INPUTS
 from .models import component_names, final_logits
 from .prompts import PromptSet
 
-# %% ../nbs/w05c-edges.ipynb #c41e4638
+# %% ../nbs/w05c-edges.ipynb #588784d3
 def stage(
     end: str,  # a sender or a receiver
 ) -> tuple[float, int]:  # earlier stages can send to later ones
@@ -37,8 +37,9 @@ def every_edge(
     "All edges of a model in which MLPs read what the heads of their layer wrote, such as GPT-2."
     heads = [f"a{layer}.h{head}" for layer in range(n_layers) for head in range(n_heads)]
     mlps, stem = ([f"m{layer}" for layer in range(n_layers)], ["input"]) if universe == "heads+mlps" else ([], [])
-    receivers = [*(f"{h}<{x}>" for h in heads for x in INPUTS), *mlps, "logits"]
-    return tuple(f"{s}->{r}" for s in [*stem, *heads, *mlps] for r in receivers if stage(s) < stage(r))
+    senders, receivers = [*stem, *heads, *mlps], [*(f"{h}<{x}>" for h in heads for x in INPUTS), *mlps, "logits"]
+    when = {end: stage(end) for end in [*senders, *receivers]}
+    return tuple(f"{s}->{r}" for s in senders for r in receivers if when[s] < when[r])
 
 # %% ../nbs/w05c-edges.ipynb #968d85fa
 def check_edges(

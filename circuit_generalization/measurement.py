@@ -7,7 +7,7 @@ __all__ = ['AXES', 'LEAST_TO_SCORE', 'SWEPT', 'PROCESSED', 'MeasureOptions', 'ch
            'to_csv', 'Measurement', 'passes_per_prompt', 'measure', 'publish', 'seconds_per_pass', 'plan',
            'ScoreOptions', 'score_file', 'plan_score']
 
-# %% ../nbs/w09a-measurement.ipynb #e068130b
+# %% ../nbs/w09a-measurement.ipynb #f770089c
 import json
 import os
 import shutil
@@ -38,7 +38,8 @@ from .generalization import ablations_table, generalization_table, setting_name
 from .metrics import check_right
 from .models import load_model, model_hash, quiet
 from .prompts import PromptSet, prompts_hash
-from .tasks import list_variants, make_prompts, variant_spec
+from .published_prompts import read_prompts, uninformative
+from .tasks import TASKS, list_variants, make_prompts, variant_spec
 from .wording import TaskError
 
 # %% ../nbs/w09a-measurement.ipynb #edfab0ff
@@ -353,15 +354,16 @@ def publish(
     Path(results).mkdir(parents=True, exist_ok=True)
     for name in PROCESSED: shutil.move(Path(raw) / name, Path(results) / name)
 
-# %% ../nbs/w09a-measurement.ipynb #3be869a3
+# %% ../nbs/w09a-measurement.ipynb #fd3bfcc0
 def seconds_per_pass(
     scorer: CircuitScorer,
     prompts: PromptSet,  # of which a few are run
     seed: int = 0,
+    positions: str = "listed",  # one of POSITIONS
 ) -> float:  # of one prompt
     "What a forward pass takes, from a timed run on one batch."
     start, some = time.monotonic(), prompts[: min(32, scorer.batch_size)]
-    scorer.score(some, Ablation("zero"), seed, n_random=0, baseline=Baseline(None, None, 0), profile=False)
+    scorer.score(some, Ablation("zero"), seed, n_random=0, baseline=Baseline(None, None, 0), profile=False, positions=positions)
     return (time.monotonic() - start) / len(some) / passes_per_prompt(Ablation("zero"))
 
 
@@ -381,14 +383,14 @@ def plan(
     per_pass = seconds_per_pass(job.scorer, next(iter(job.prompts.values())), options.seed)
     return _cost(job.scorer, n, width, n * sum(_passes(job, s) for s in job.settings), per_pass)
 
-# %% ../nbs/w09a-measurement.ipynb #91bdfbcf
+# %% ../nbs/w09a-measurement.ipynb #e4f94f6d
 @dataclass(frozen=True)
 class ScoreOptions:
     "Everything that decides the scores of a user's prompts."
     model: str
     circuit: str | Path  # a packaged name or a JSON file
-    prompts: str | Path  # CSV: columns prompt, counterfactual, answer, distractor; optional template, base_id, pos_<role>
-    reference: str | Path | None = None  # CSV: uninformative prompts in the same columns, for mean and resample
+    prompts: str | Path  # whatever `read_prompts` reads, such as a CSV file with columns prompt, answer, distractor
+    reference: str | Path | None = None  # uninformative prompts, for mean and resample; 'counterfactuals': those of the prompts
     ablation: str = "resample"
     level: str = "node"
     positions: str = "listed"
@@ -402,8 +404,9 @@ class ScoreOptions:
 
 def _load(options: ScoreOptions) -> tuple[CircuitScorer, PromptSet]:
     bridge, claim = load_model(options.model, options.device), load_circuit(options.circuit)
-    prompts, reference = (None if path is None else PromptSet.from_csv(path, bridge.tokenizer, options.bos)
-                          for path in (options.prompts, options.reference))
+    prompts, reference = read_prompts(options.prompts, bridge.tokenizer, options.bos), None
+    if options.reference == "counterfactuals": reference = uninformative(prompts)
+    elif options.reference is not None: reference = read_prompts(options.reference, bridge.tokenizer, options.bos)
     return CircuitScorer(bridge, claim, reference, batch_size=options.batch_size), prompts
 
 
@@ -434,5 +437,8 @@ def plan_score(
     how = Ablation(options.ablation, options.n_draws)
     scorer, prompts = _load(options)
     edges = 0 if options.level == "node" else sum(edge_passes(scorer.circuit, *scorer.shape, keep) for keep in ("circuit", "complement"))
-    passes = passes_per_prompt(how, options.n_random if options.level == "node" else 0, edges=edges)
-    return _cost(scorer, len(prompts), prompts.tokens.shape[1], len(prompts) * passes, seconds_per_pass(scorer, prompts, options.seed))
+    tasks, heads = set(prompts.labels.task), scorer.shape[0] * scorer.shape[1]
+    profile = heads if len(tasks) == 1 and tasks <= set(TASKS) else 0  # of a known task, the effect of every head is compared with the base
+    passes = passes_per_prompt(how, options.n_random if options.level == "node" else 0, profile, edges=edges)
+    per_pass = seconds_per_pass(scorer, prompts, options.seed, options.positions)
+    return _cost(scorer, len(prompts), prompts.tokens.shape[1], len(prompts) * passes, per_pass)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'REQUIRED_COLUMNS', 'PromptError', 'PromptSet', 'concat_prompts', 'prompts_hash', 'encode', 'single_token',
-           'bos_ids']
+           'read_table', 'answer_ids', 'table_positions', 'bos_ids']
 
 # %% ../nbs/w04-prompts.ipynb #07a5b12b
 import hashlib
@@ -190,34 +190,48 @@ def single_token(tokenizer, text: str, where: str) -> int:
         raise PromptError(f"{where}: answer {text!r} is {len(ids)} tokens ({' '.join(pieces)}), and must be one")
     return ids[0]
 
-# %% ../nbs/w04-prompts.ipynb #067b0d85
+# %% ../nbs/w04-prompts.ipynb #346db78f
 REQUIRED_COLUMNS = ("prompt", "answer", "distractor")
 
 
-def _read_csv(path) -> pd.DataFrame:
+def read_table(
+    path: str | Path,  # a CSV file
+    required: Sequence[str] = REQUIRED_COLUMNS,
+) -> pd.DataFrame:  # every cell as text
+    "A CSV file of prompts. Raises `PromptError` that names the file where it cannot be read, lacks a column, or is empty."
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError:
         raise PromptError(f"{path}: no such file") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as e:
         raise PromptError(f"{path}: not a CSV file that can be read ({e})") from None
-    missing = [c for c in REQUIRED_COLUMNS if c not in table]
+    missing = [c for c in required if c not in table]
     if missing: raise PromptError(f"{path}: no column {', '.join(missing)} (it has: {', '.join(table.columns)})")
     if table.empty: raise PromptError(f"{path}: no prompts, only a header")
     return table
 
 
-def _answer_ids(tokenizer, prompt: str, cell: str, where: str) -> list[int]:
-    for text in (texts := cell.split("|")):
+def answer_ids(
+    tokenizer,
+    prompt: str,
+    texts: Sequence[str],  # answers to it, or distractors
+    where: str,  # named in errors
+) -> list[int]:
+    "The token of each answer. Raises `PromptError` for one of several tokens, and for one that would run into the prompt's last word."
+    for text in texts:
         if prompt[-1:].isalpha() and text[:1].isalpha():
             raise PromptError(f"{where}: answer {text!r} would run into {prompt.split()[-1]!r}: write {' ' + text!r} if a space comes first")
     return [single_token(tokenizer, t, where) for t in texts]
 
-# %% ../nbs/w04-prompts.ipynb #b610ca2c
-def _csv_positions(table: pd.DataFrame, columns: list[str], path, shift: int) -> dict[str, list[int]]:
-    "Columns pos_<role> as integers, moved by the BOS."
+# %% ../nbs/w04-prompts.ipynb #a6dfc587
+def table_positions(
+    table: pd.DataFrame,  # what `read_table` returned
+    path: str | Path,  # named in errors
+    shift: int = 0,  # tokens that come before each text: 1 for a BOS
+) -> dict[str, list[int]]:  # role → token index of each prompt, -1 where there is none
+    "Columns pos_<role> as integers. Raises `PromptError` that names file, row and column for what is none."
     out = {}
-    for c in columns:
+    for c in [c for c in table if c.startswith("pos_")]:
         numbers = pd.to_numeric(table[c], errors="coerce")
         bad = numbers.isna() & (table[c].str.strip() != "") | ((numbers % 1 != 0) | (numbers < -1)) & numbers.notna()
         if bad.any(): raise PromptError(f"{path}, row {int(bad.idxmax()) + 2}: {c} should be a token's index (from 0; empty for none), not "
@@ -233,7 +247,7 @@ def _from_csv(
     bos: bool = False,  # put the tokenizer's BOS token before each prompt
 ) -> PromptSet:
     "Prompts from a CSV file. Raises `PromptError` that names the file, the row and what to change."
-    table = _read_csv(path)
+    table = read_table(path)
     if tokenizer is None: raise PromptError(f"{path}: the model has no tokenizer, so text cannot become tokens: use PromptSet.from_tokens")
     start = bos_ids(tokenizer) if bos else []
     rows = [f"{path}, row {i + 2}" for i in range(len(table))]
@@ -241,11 +255,10 @@ def _from_csv(
     if empty.any(): raise PromptError(f"{rows[int(empty.idxmax())]}: the prompt is empty")
     clean = [start + encode(tokenizer, t) for t in table.prompt]
     cf = [start + encode(tokenizer, t) for t in table.counterfactual] if _has_counterfactuals(table, rows) else None
-    ids = [[_answer_ids(tokenizer, p, a, r) for p, a, r in zip(table.prompt, table[c], rows)] for c in ("answer", "distractor")]
-    at = [c for c in table if c.startswith("pos_")]
+    ids = [[answer_ids(tokenizer, p, a.split("|"), r) for p, a, r in zip(table.prompt, table[c], rows)] for c in ("answer", "distractor")]
     if "prompt_id" not in table: table = table.assign(prompt_id=[f"row{i + 2}" for i in range(len(table))])
     try:
-        return _from_tokens(cls, clean, cf, *ids, _csv_positions(table, at, path, len(start)), table.drop(columns=at))
+        return _from_tokens(cls, clean, cf, *ids, table_positions(table, path, len(start)), table[[c for c in table if not c.startswith("pos_")]])
     except PromptError as e:
         raise PromptError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
 

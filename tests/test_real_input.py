@@ -167,6 +167,26 @@ def test_answers_that_are_sets_of_tokens(shared, folder, gpt2, tmp_path):
     assert table.ld_model[0] == pytest.approx(float(logits[later].logsumexp(-1) - logits[rest].logsumexp(-1)), abs=1e-3)
 
 
+@pytest.mark.slow
+def test_published_files_go_in_as_they_are(shared, folder, tmp_path):
+    "Wang et al.'s circuit on two of the thirty files, with their own p_ABC prompts as the pool; Hanna et al.'s on EAP-IG's table."
+    home = tmp_path / "prompts"
+    home.mkdir()
+    for name in ("ioi-ABBA-00", "ioi-BABA-07"):
+        data = json.loads(shared(f"prompts/{name}.json").read_text(encoding="utf-8"))
+        (home / f"{name}.json").write_text(json.dumps(data | {"prompts": data["prompts"][:9]}), encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    table = score(folder, "gpt2-ioi", home, tmp_path / "out", "--ablation", "mean", "--reference", "counterfactuals")
+    assert table.template.tolist() == ["ABBA-00"] * 9 + ["BABA-07"] * 9 and (table.circuit == "gpt2-ioi").all() and (table.universe == "heads").all()
+    assert np.isfinite(table[["ld_model", "ld_circuit", "ld_complement", "ld_ablated", "kl"]]).all(axis=None)
+    assert {"engagement_name mover", "engagement_previous token", "reads_a9.h9"} <= set(table)
+    lines = shared("prompts/greater-than-eap-ig.csv").read_text(encoding="utf-8").splitlines()[:7]
+    (tmp_path / "years.csv").write_text("\n".join(lines) + "\n")
+    table = score(folder, "gpt2-greater_than", tmp_path / "years.csv", tmp_path / "out", "--ablation", "counterfactual")
+    assert (table.task == "greater_than").all() and table[["prob_diff_model", "prob_diff_circuit"]].abs().le(1).all(axis=None)
+    assert (table.universe == "heads+mlps").all() and (table.ld_circuit - table.ld_model).abs().min() > 1e-4
+
+
 def test_a_pool_that_lacks_a_template_is_refused_in_one_line(shared, folder, prompts, tmp_path, capfd):
     pool = pd.read_csv(prompts[1])
     pool[pool.template != FILES[1]].to_csv(tmp_path / "pool.csv", index=False)
