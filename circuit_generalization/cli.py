@@ -16,9 +16,9 @@ from pathlib import Path
 from . import __version__
 from .circuit_commands import CIRCUITS
 from .errors import InputError
+from .forecast_commands import FORECASTS
 from .genetics_commands import GENETICS
 from .protocol_commands import PROTOCOL
-from .forecast_commands import FORECASTS
 from .scrub_commands import SCRUB
 from .terminal import Command, Parser, check_device, check_file, check_folder, check_model, print_table, progress_bar, whole
 
