@@ -110,7 +110,7 @@ def _write(args, forecast, tables: dict, left_out: dict):
     about = dict(options=options, left_out=left_out, cases=len(forecast.cases), version=metadata.version("circuit-generalization"))
     write_text_atomically(args.out / "manifest.json", json.dumps(about, indent=1) + "\n")
 
-# %% ../nbs/w15k-forecast-command.ipynb #7a2345be
+# %% ../nbs/w15k-forecast-command.ipynb #d3042925
 def _ends(row, name: str, form: str = ".2f") -> str:
     value, low, high = (row.get(name + end, float("nan")) for end in ("", "_low", "_high"))
     if value != value: return ""
@@ -136,11 +136,11 @@ def print_study(
     rate: float,
 ):
     "Print who is ahead, which families and features matter, and the conclusion."
-    columns, ahead = ("auroc", "within", "ap", "brier", "slope"), ("ahead_auroc", "ahead_within")
-    rows = [[r["who"], *(_ends(r, c) for c in columns), *(_ends(r, c, "+.2f") for c in ahead)] for r in tables["performance"].to_dict("records")]
+    shown = ("auroc", "within", "ap", "slope")  # the other measures are in performance.csv
+    rows = [[r["who"], *(_ends(r, c) for c in shown), _ends(r, "ahead_auroc", "+.2f")] for r in tables["performance"].to_dict("records")]
     n = int(tables["performance"].n.iloc[0])
     print_table(f"Forecasts of {n} prompts, of which {rate:.0%} fail; templates unseen",
-                ["who", "AUROC", "within\ndata sets", "average\nprecision", "Brier", "calibration\nslope", "forecast\nahead", "ahead\nwithin"], rows)
+                ["who", "AUROC", "within\ndata sets", "average\nprecision", "calibration\nslope", "forecast ahead,\nAUROC"], rows)
     families = [[r["family"], str(r["features"]), *(_ends(r, c) for c in ("alone", "alone_within", "lost", "lost_within"))]
                 for r in tables["families"].to_dict("records")]
     columns = ["family", "features", "alone", "alone,\nwithin", "lost\nwithout it", "lost,\nwithin"]
