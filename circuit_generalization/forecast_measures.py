@@ -7,7 +7,7 @@ __all__ = ['draw_forecasts', 'StratifiedInterval', 'stratified_auroc', 'stratifi
            'average_precision', 'average_precision_difference', 'brier', 'brier_difference', 'brier_skill',
            'Calibration', 'calibration', 'reliability', 'permutation_p']
 
-# %% ../nbs/w06f-forecast-measures.ipynb #980de3f4
+# %% ../nbs/w06f-forecast-measures.ipynb #ea6a19cf
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import inf, nan, sqrt
@@ -34,7 +34,6 @@ from circuit_generalization.stats import (
     _effective_n,
     _grouped,
     _labels,
-    _same_length,
     _wilson,
     cr2_interval,
     permutation_rank_p,
@@ -272,7 +271,7 @@ def average_precision_difference(
     low, high = np.clip(result.estimate + summary.t(level) * se * np.array([-1, 1]), -1, 1)
     return replace(result, low=float(low), high=float(high), method="jackknife t, one more template at chance for each score")
 
-# %% ../nbs/w06f-forecast-measures.ipynb #db5113ce
+# %% ../nbs/w06f-forecast-measures.ipynb #b5413f27
 def _risks(
     risk: Float[np.ndarray, " prompt"],  # 0 to 1
     truth: Bool[np.ndarray, " prompt"],  # True or False, 1 or 0
@@ -315,10 +314,9 @@ def brier_difference(
     level: float = 0.95,  # confidence level
 ) -> Interval:  # of B(a) - B(b), inside [-1, 1]; below 0: a is better
     "Difference of two Brier scores on the same prompts, with a CR2 interval. Raises `InputError` as `brier`."
-    _same_length(a, b)
     return _cut(cr2_interval(_squared_errors(a, truth) - _squared_errors(b, truth), clusters, level), -1, 1)
 
-# %% ../nbs/w06f-forecast-measures.ipynb #3fec3a52
+# %% ../nbs/w06f-forecast-measures.ipynb #11d52021
 def brier_skill(
     risk: Float[np.ndarray, " prompt"],  # 0 to 1
     reference: Float[np.ndarray, " prompt"],  # risks of the forecast to beat, such as out-of-fold base rates
@@ -327,7 +325,6 @@ def brier_skill(
     level: float = 0.95,  # confidence level
 ) -> Interval:  # of 1 - B / B_reference; at most 1
     "Share of the reference's Brier score that is gone, with Fieller's interval. NaN ends where the reference may be perfect. Raises `InputError`."
-    _same_length(risk, reference)
     ratio = ratio_interval(_squared_errors(risk, truth), _squared_errors(reference, truth), clusters, level)
     method = ratio.method.replace("the whole", "the error of the reference")
     return _cut(replace(ratio, estimate=1 - ratio.estimate, low=1 - ratio.high, high=1 - ratio.low, method=method), -inf, 1)
