@@ -277,6 +277,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'circuit_generalization/cases.py'),
                                               'circuit_generalization.cases.held_out_splits': ( 'w15e-cases.html#held_out_splits',
                                                                                                 'circuit_generalization/cases.py'),
+                                              'circuit_generalization.cases.read_cases': ( 'w15e-cases.html#read_cases',
+                                                                                           'circuit_generalization/cases.py'),
                                               'circuit_generalization.cases.target_of': ( 'w15e-cases.html#target_of',
                                                                                           'circuit_generalization/cases.py'),
                                               'circuit_generalization.cases.template_splits': ( 'w15e-cases.html#template_splits',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Forecast', 'fit_forecast', 'failed_before', 'contributions', 'save_forecast', 'load_forecast']
 
-# %% ../nbs/w15g-forecast.ipynb #11649d09
+# %% ../nbs/w15g-forecast.ipynb #a1b6e4a8
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from .cases import TARGETS, feature_columns, target_of, template_splits
+from .cases import TARGETS, feature_columns, read_cases, target_of, template_splits
 from .circuit import Circuit, load_circuit, write_text_atomically
 from .errors import InputError
 from .features import features_of
@@ -165,7 +165,7 @@ def _predict(
 
 Forecast.predict = _predict
 
-# %% ../nbs/w15g-forecast.ipynb #d41a6456
+# %% ../nbs/w15g-forecast.ipynb #f235c110
 _FILE, _CASES, _ASKED = "forecast.json", "cases.csv", "asked.csv"
 
 
@@ -190,7 +190,7 @@ def load_forecast(
     folder = Path(folder)
     try:
         about = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        cases, asked = (pd.read_csv(folder / name, low_memory=False) for name in (_CASES, _ASKED))
+        cases, asked = (read_cases(folder / name) for name in (_CASES, _ASKED))
     except FileNotFoundError as e: raise InputError(f"{folder}: no {Path(e.filename).name}; give a folder that circuit-gen forecast wrote") from None
     except (ValueError, OSError) as e: raise InputError(f"{folder}: cannot be read as a forecast ({e})") from None
     missing = [k for k in ("target", "chosen", "seed", "columns", "cases") if k not in about]
@@ -199,7 +199,6 @@ def load_forecast(
     if about["target"] not in TARGETS or about["chosen"] not in [*CANDIDATES, "base rate"] or about["cases"] != len(cases):
         raise InputError(f"{folder}: {_FILE} and {_CASES} do not belong together; make the forecast again")
     columns, y = about["columns"], target_of(cases, about["target"])
-    cases = cases.assign(**{c: cases[c].fillna("").astype(str) for c in cases if not pd.api.types.is_numeric_dtype(cases[c])})
     only = {k: v for k, v in CANDIDATES.items() if k == about["chosen"]}
     estimator = fit_chosen(cases, y, columns, only, about["seed"])[0] if only else None
     return Forecast(cases, about["target"], tuple(columns), about["chosen"], about["seed"], estimator, asked, float(y.mean()))

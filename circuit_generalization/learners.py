@@ -116,7 +116,7 @@ def fit_chosen(
     best = min(losses, key=losses.get) if losses else names[0]
     return _fit(candidates[best], table, y, seed), best
 
-# %% ../nbs/w15f-learners.ipynb #9a084232
+# %% ../nbs/w15f-learners.ipynb #08bd0638
 def _one_split(cases, y, columns, candidates, seed, inner, split: Split) -> pd.DataFrame:
     known = split.train[np.isfinite(y[split.train])]
     asked = split.test[np.isfinite(y[split.test])]
@@ -142,7 +142,9 @@ def out_of_fold(
 
     one = delayed(_one_split)
     parts = Parallel(n_jobs=workers)(one(cases, y, columns, candidates, seed, inner, s) for s in splits)
-    return pd.concat([p.assign(fold=i) for i, p in enumerate(parts)], ignore_index=True).sort_values("case", ignore_index=True)
+    there = [p.assign(fold=i) for i, p in enumerate(parts) if len(p)]
+    if not there: raise InputError("none of the cases that were held out counts for this target")
+    return pd.concat(there, ignore_index=True).sort_values("case", ignore_index=True)
 
 # %% ../nbs/w15f-learners.ipynb #85012269
 BASELINES: dict[str, tuple[tuple[str, ...], dict[str, Callable]]] = {
