@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'print_generalization', 'print_scores', 'run_models', 'run_tasks', 'run_measure', 'run_score',
            'run_compare', 'run_discover', 'run_train', 'build_parser', 'one_line', 'main']
 
-# %% ../nbs/w09c-command-line.ipynb #995b2d08
+# %% ../nbs/w09c-command-line.ipynb #33116ab4
 import math
 import os
 import sys
@@ -17,6 +17,7 @@ from . import __version__
 from .circuit_commands import CIRCUITS
 from .errors import InputError
 from .forecast_commands import FORECASTS
+from .gate_commands import GATES
 from .genetics_commands import GENETICS
 from .protocol_commands import PROTOCOL
 from .scrub_commands import SCRUB
@@ -112,7 +113,7 @@ def run_tasks(args) -> None:
         table = list_variants(name)[["axis", "variant", "templates", "what"]]
         print_table(f"Task {name}: {task.what}", table.columns, table.itertuples(index=False), ["variant", "what"])
 
-# %% ../nbs/w09c-command-line.ipynb #61249f4f
+# %% ../nbs/w09c-command-line.ipynb #3c01ecc0
 def _print_plan(plan: dict) -> None:
     print(f"{plan['prompts']} prompts, {plan['passes']} forward passes of one prompt each, about {plan['memory_mb']:.0f} MB beside the model, "
           f"about {plan['seconds']:.0f} s. Nothing was written (--dry-run).")
@@ -133,8 +134,8 @@ def run_measure(args) -> None:
         n_prompts=args.n_prompts, seed=args.seed, ablations=tuple(args.ablation), positions=tuple(args.positions), levels=tuple(args.levels),
         n_draws=args.draws, n_random=args.n_random, device=args.device, batch_size=args.batch_size, bos=args.bos)
     with quiet(), progress_bar() as progress:
-        if args.dry_run: return _print_plan(plan(options))
-        result = measure(options, args.out, progress, args.workers)
+        if args.dry_run: return _print_plan(plan(options, args.gate))
+        result = measure(options, args.out, progress, args.workers, args.gate)
         figures = save_figures(result.scores, result.table, args.out / "figures", result.ablations)
         report_folder(args.out)
     print_generalization(result.table, args.n_random)
@@ -142,17 +143,17 @@ def run_measure(args) -> None:
     print(f"Wrote {args.out}: report.html (open it in a browser), {len(figures)} figures, generalization.csv, ablations.csv, variance.csv, "
           "scores.csv, sweep.csv, manifest.json.")
 
-# %% ../nbs/w09c-command-line.ipynb #41766e85
+# %% ../nbs/w09c-command-line.ipynb #2fd410cd
 def run_score(args) -> None:
     "Score the prompts of a file; write a table."
-    check_file(args.out, [args.prompts, args.reference, args.circuit, args.model])
+    check_file(args.out, [args.prompts, args.reference, args.circuit, args.model, args.gate])
     from circuit_generalization.measurement import ScoreOptions, plan_score, score_file
     from circuit_generalization.models import quiet
 
     check_device(args.device)
     check_model(args.model)
     options = ScoreOptions(args.model, args.circuit, args.prompts, args.reference, args.ablation, args.level, args.positions, args.seed, args.draws,
-                           args.n_random, args.device, args.batch_size, args.bos)
+                           args.n_random, args.device, args.batch_size, args.bos, args.gate)
     with quiet(), progress_bar() as progress:
         if args.dry_run: return _print_plan(plan_score(options))
         scores = score_file(options, args.out, progress)
@@ -210,7 +211,7 @@ def run_train(args) -> None:
     print_table(f"{args.name}, seed {card['seed']}", ["task", "accuracy, %"], rows)
     print(f"Wrote {out}.")
 
-# %% ../nbs/w09c-command-line.ipynb #0cf000e7
+# %% ../nbs/w09c-command-line.ipynb #22dd581d
 def _scoring_options(parser: Parser, n_random: int, several: bool) -> None:
     "What `measure` and `score` share."
     how = ("what ablated activations are replaced by: the first gives the scores, the others test the conclusion" if several
@@ -231,6 +232,7 @@ def _scoring_options(parser: Parser, n_random: int, several: bool) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (cpu)")
     parser.add_argument("--batch-size", type=whole(1), default=128, metavar="N", help="prompts a forward pass (128)")
     parser.add_argument("--bos", action="store_true", help="put the tokenizer's BOS token before each prompt")
+    parser.add_argument("--gate", type=Path, metavar="FILE", help="gate.json of this model (reference-gate): every row is marked with its result")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what it would cost, and stop")
 
 
@@ -278,7 +280,7 @@ def _train_options(parser: Parser) -> None:
     parser.add_argument("--steps", type=whole(1), metavar="N", help="fewer than the recipe's, for a try")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the model's folder (./NAME)")
 
-# %% ../nbs/w09c-command-line.ipynb #1f982a2f
+# %% ../nbs/w09c-command-line.ipynb #69439183
 COMMANDS = {
     "models": Command("list the models that come with the package", run_models),
     **CIRCUITS,
@@ -301,6 +303,7 @@ COMMANDS = {
     **PROTOCOL,
     **SCRUB,
     **FORECASTS,
+    **GATES,
     "train-organism": Command("train one of the embedded models again", run_train, _train_options, """
   circuit-gen train-organism organism-a --seed 0 --out organism-a""", "give the same command to go on from there"),
 }

@@ -58,7 +58,7 @@ def _cases(args, progress):
         parts.append(cases_of(table.assign(model=name, circuit=str(circuit)), found.table))
     return pd.concat(parts, ignore_index=True), left_out
 
-# %% ../nbs/w15k-forecast-command.ipynb #8ec8fe53
+# %% ../nbs/w15k-forecast-command.ipynb #7a22d071
 def _study(args, cases, progress) -> dict:
     "Every table of the study, by its file's name; and the forecast."
     from circuit_generalization.cases import target_of, template_splits
@@ -105,7 +105,8 @@ def _write(args, forecast, tables: dict, left_out: dict):
     write_png(plot_performance(tables["performance"]), figures / "performance.png")
     write_png(plot_reliability(tables["reliability"]), figures / "reliability.png")
     if "dependence" in tables: write_png(plot_dependence(tables["dependence"], forecast.cases), figures / "dependence.png")
-    if len(tables["held_out_variants"]): write_png(plot_held_out(tables["held_out_variants"]), figures / "held_out_variants.png")
+    held = tables["held_out_variants"]
+    if len(held) and held.n.max() >= 10: write_png(plot_held_out(held), figures / "held_out_variants.png")
     options = dict(scores=[str(p) for p in args.scores], target=args.target, families=args.families, seed=args.seed, permutations=args.permutations)
     about = dict(options=options, left_out=left_out, cases=len(forecast.cases), version=metadata.version("circuit-generalization"))
     write_text_atomically(args.out / "manifest.json", json.dumps(about, indent=1) + "\n")

@@ -75,15 +75,17 @@ def plot_dependence(
     for axes in panels[:, 0]: axes.set_ylabel("mean risk", fontsize=9)
     return figure
 
-# %% ../nbs/w15j-forecast-figures.ipynb #0fb8852d
+# %% ../nbs/w15j-forecast-figures.ipynb #0adc910d
 def plot_held_out(
     variants: pd.DataFrame,  # of `transfers`: model, failed, low, high, 'risk: forecast'
-    named: int = 8,  # the worst forecasts whose variant is written beside the point
+    named: int = 6,  # the worst forecasts whose variant is written beside the point
+    least: int = 10,  # prompts that a point needs
     title: str = "Which unseen variants fail?",
 ) -> Figure:
-    "Share that failed against the mean risk, a point a held-out variant. Raises `InputError` for an empty table."
-    if variants.empty: raise InputError("there is nothing to draw: the table is empty")
-    figure, panels = canvas(5.2, 4.8, title, "a point: one variant of one model and task")
+    "Share that failed against the mean risk, a point a held-out variant. Raises `InputError` where no point has enough prompts."
+    variants = variants[variants.n >= least].reset_index(drop=True)
+    if variants.empty: raise InputError(f"there is nothing to draw: no variant has {least} prompts")
+    figure, panels = canvas(5.2, 4.8, title, f"a point: one variant of one model and task, at least {least} prompts")
     axes, risk = panels[0, 0], variants["risk: forecast"]
     axes.plot([0, 1], [0, 1], ":", color="#888888")
     for colour, (model, own) in zip(COLOURS * variants.model.nunique(), variants.groupby("model", sort=True)):

@@ -34,6 +34,7 @@ from .circuit_scorer import LEVELS, POSITIONS, Baseline, CircuitScorer, ld_under
 from .edges import edge_passes
 from .errors import InputError
 from .evidence import variance_components
+from .gate_marks import gate_mark
 from .generalization import ablations_table, generalization_table, setting_name
 from .metrics import check_right
 from .models import load_model, model_hash, quiet
@@ -325,9 +326,11 @@ def measure(
     out: str | Path,  # a folder, made if need be
     progress: Callable[[int, int, str], None] | None = None,  # (prompts done, prompts in all, what is being scored)
     workers: int | None = None,  # processes; None: as many as the work is worth
+    gate: str | Path | None = None,  # gate.json of the model: its result marks every row of scores and sweep
 ) -> Measurement:
     "Score every variant, write CSVs and manifest into `out`. Raises `InputError` before anything is written. A killed run resumes."
     start, job, out = time.monotonic(), _prepare(options), Path(out)
+    mark = dict(gate=gate_mark(gate, job.hashes["model"])) if gate else {}
     shards = out / ".shards"
     try: parts = list(_run_shards(job, shards, progress, workers))
     except OSError as e: raise InputError(f"cannot write into {out}: {e.strerror}") from None
@@ -335,8 +338,9 @@ def measure(
     scores = pd.concat(headline, ignore_index=True)
     sweep = pd.concat(sum(others, []), ignore_index=True) if others else pd.DataFrame(columns=SWEPT)
     tables = dict(table=generalization_table(scores, sweep), ablations=ablations_table(scores, sweep), variance=variance_components(scores, "gap"))
-    result = Measurement(scores, sweep, **tables, manifest=_manifest(job, time.monotonic() - start, tables["table"]))
-    for name, frame in (("scores", scores), ("sweep", sweep), ("generalization", result.table), ("ablations", result.ablations),
+    manifest = _manifest(job, time.monotonic() - start, tables["table"]) | mark
+    result = Measurement(scores.assign(**mark), sweep.assign(**mark), **tables, manifest=manifest)
+    for name, frame in (("scores", result.scores), ("sweep", result.sweep), ("generalization", result.table), ("ablations", result.ablations),
                         ("variance", result.variance)): to_csv(frame, out / f"{name}.csv")
     write_text_atomically(out / "manifest.json", json.dumps(result.manifest, indent=1) + "\n")
     shutil.rmtree(shards)
@@ -376,9 +380,11 @@ def _cost(scorer: CircuitScorer, n: int, width: int, passes: int, per_pass: floa
 
 def plan(
     options: MeasureOptions,
+    gate: str | Path | None = None,  # checked
 ) -> dict:  # prompts, passes, memory_mb, seconds
     "What a measurement would cost. Writes nothing."
     job = _prepare(options)
+    if gate: gate_mark(gate, job.hashes["model"])
     n, width = sum(map(len, job.prompts.values())), max(p.tokens.shape[1] for p in job.prompts.values())
     per_pass = seconds_per_pass(job.scorer, next(iter(job.prompts.values())), options.seed)
     return _cost(job.scorer, n, width, n * sum(_passes(job, s) for s in job.settings), per_pass)
@@ -400,14 +406,17 @@ class ScoreOptions:
     device: str = "cpu"
     batch_size: int = 128
     bos: bool = False
+    gate: str | Path | None = None  # gate.json of the model: its result marks every row
 
 
-def _load(options: ScoreOptions) -> tuple[CircuitScorer, PromptSet]:
+def _load(options: ScoreOptions) -> tuple[CircuitScorer, PromptSet, dict[str, str]]:
+    "Model with circuit, prompts, and the mark of the gate."
     bridge, claim = load_model(options.model, options.device), load_circuit(options.circuit)
+    mark = dict(gate=gate_mark(options.gate, model_hash(bridge))) if options.gate else {}
     prompts, reference = read_prompts(options.prompts, bridge.tokenizer, options.bos), None
     if options.reference == "counterfactuals": reference = uninformative(prompts)
     elif options.reference is not None: reference = read_prompts(options.reference, bridge.tokenizer, options.bos)
-    return CircuitScorer(bridge, claim, reference, batch_size=options.batch_size), prompts
+    return CircuitScorer(bridge, claim, reference, batch_size=options.batch_size), prompts, mark
 
 
 def score_file(
@@ -417,7 +426,7 @@ def score_file(
 ) -> pd.DataFrame:
     "Score a user's prompts and write the table. Raises `InputError` before anything is written."
     how = Ablation(options.ablation, options.n_draws)
-    (scorer, prompts), done = _load(options), 0
+    (scorer, prompts, mark), done = _load(options), 0
 
     def tick(k):
         nonlocal done
@@ -425,6 +434,7 @@ def score_file(
         if progress: progress(done, len(prompts), options.ablation)
 
     table = scorer.score(prompts, how, options.seed, options.n_random, progress=tick, level=options.level, positions=options.positions)
+    table = table.assign(**mark)
     try: to_csv(table, Path(out))
     except OSError as e: raise InputError(f"cannot write {out}: {e.strerror}") from None
     return table
@@ -435,7 +445,7 @@ def plan_score(
 ) -> dict:  # prompts, passes, memory_mb, seconds
     "What `score_file` would cost. Writes nothing."
     how = Ablation(options.ablation, options.n_draws)
-    scorer, prompts = _load(options)
+    scorer, prompts, _ = _load(options)
     edges = 0 if options.level == "node" else sum(edge_passes(scorer.circuit, *scorer.shape, keep) for keep in ("circuit", "complement"))
     tasks, heads = set(prompts.labels.task), scorer.shape[0] * scorer.shape[1]
     profile = heads if len(tasks) == 1 and tasks <= set(TASKS) else 0  # of a known task, the effect of every head is compared with the base
