@@ -2291,6 +2291,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'circuit_generalization/learners.py'),
                                                  'circuit_generalization.learners.fit_chosen': ( 'w15f-learners.html#fit_chosen',
                                                                                                  'circuit_generalization/learners.py'),
+                                                 'circuit_generalization.learners.in_processes': ( 'w15f-learners.html#in_processes',
+                                                                                                   'circuit_generalization/learners.py'),
                                                  'circuit_generalization.learners.logistic': ( 'w15f-learners.html#logistic',
                                                                                                'circuit_generalization/learners.py'),
                                                  'circuit_generalization.learners.out_of_fold': ( 'w15f-learners.html#out_of_fold',

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from .errors import InputError
 from .stats import MIN_CLUSTERS
 
-# %% ../nbs/w15e-cases.ipynb #40c93c0d
+# %% ../nbs/w15e-cases.ipynb #a0d6b4cc
 LABELS_OF_CASES = ("prompt_id", "base_id", "model", "circuit", "task", "axis", "variant", "template", "prompt", "ld_model", "gap", "verdict")
 
 
@@ -53,7 +53,8 @@ def read_cases(
 ) -> pd.DataFrame:
     "Cases as they were written: numbers, and words that are never missing."
     table = pd.read_csv(path, low_memory=False)
-    return pd.concat([column if pd.api.types.is_numeric_dtype(column) else column.fillna("").astype(str) for _, column in table.items()], axis=1)
+    words = {name: column.fillna("").astype(str) for name, column in table.items() if not pd.api.types.is_numeric_dtype(column)}
+    return table.assign(**words).copy()  # in one piece
 
 
 def feature_columns(

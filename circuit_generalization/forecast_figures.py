@@ -75,7 +75,7 @@ def plot_dependence(
     for axes in panels[:, 0]: axes.set_ylabel("mean risk", fontsize=9)
     return figure
 
-# %% ../nbs/w15j-forecast-figures.ipynb #0adc910d
+# %% ../nbs/w15j-forecast-figures.ipynb #cb0887d3
 def plot_held_out(
     variants: pd.DataFrame,  # of `transfers`: model, failed, low, high, 'risk: forecast'
     named: int = 6,  # the worst forecasts whose variant is written beside the point
@@ -90,9 +90,11 @@ def plot_held_out(
     axes.plot([0, 1], [0, 1], ":", color="#888888")
     for colour, (model, own) in zip(COLOURS * variants.model.nunique(), variants.groupby("model", sort=True)):
         axes.plot(own["risk: forecast"], own.failed, "o", color=colour, markersize=4.5, alpha=0.8, label=str(model))
-    for i in (risk - variants.failed).abs().sort_values(ascending=False).index[:named]:
-        name, at = str(variants.variant[i]).replace("_", " "), (risk[i], variants.failed[i])
-        axes.annotate(name, at, xytext=(4, 3), textcoords="offset points", fontsize=7)
+    worst, height = (risk - variants.failed).abs().nlargest(named).index, -1.0
+    for i in variants.failed[worst].sort_values().index:
+        height = max(variants.failed[i] + 0.01, height + 0.035)  # names do not cover each other
+        axes.annotate(str(variants.variant[i]).replace("_", " "), (risk[i], variants.failed[i]), xytext=(risk[i] + 0.02, height), fontsize=7,
+                      arrowprops=dict(arrowstyle="-", linewidth=0.4, color="#888888"))
     axes.set(xlabel="mean risk, variant and templates unseen", ylabel="share that failed", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     return figure

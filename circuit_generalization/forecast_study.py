@@ -170,7 +170,7 @@ def families_table(
         rows.append(row | _both("lost_within", stratified_auroc_difference(own, without, truth, units, cells)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/w15h-forecast-study.ipynb #654c1eae
+# %% ../nbs/w15h-forecast-study.ipynb #fcf28d8f
 def _fitted_folds(cases, y, columns, splits, seed) -> list[tuple]:
     "A fixed learner of each fold, and the cases that it is asked."
     out = []
@@ -206,8 +206,8 @@ def importance(
         if some[column].nunique(dropna=False) < 2: continue
         risks[column] = said(some.assign(**{column: _exchanged(some[column], [some.model, some.task, pd.Series(folds)], rng)}))
         lost = [_area(own, strata, truth) - _area(risks[column], strata, truth) for strata in (folds, cells)]
-        number = pd.api.types.is_numeric_dtype(some[column])
-        direction = some[column].corr(pd.Series(truth, dtype=float), method="spearman") if number else np.nan
+        varies = pd.api.types.is_numeric_dtype(some[column]) and some[column].nunique() > 1 and len(set(truth[some[column].notna()])) > 1
+        direction = some[column].corr(pd.Series(truth, dtype=float), method="spearman") if varies else np.nan
         rows.append(dict(feature=column, lost=lost[0], lost_within=lost[1], direction=direction))
     found = pd.DataFrame(rows).sort_values(["lost_within", "feature"], ascending=[False, True], ignore_index=True)
     ends = [_both("lost", stratified_auroc_difference(own, risks[f], truth, units, folds.tolist()))

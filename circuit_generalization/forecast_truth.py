@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['SETS', 'scored_cases', 'task_cases', 'gather', 'patchwork_variants', 'patchwork_cases', 'truth_table']
 
-# %% ../nbs/w15l-forecast-on-known-truth.ipynb #67504d4b
+# %% ../nbs/w15l-forecast-on-known-truth.ipynb #66e5961d
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-from joblib import Parallel, delayed, parallel_config
 
 from .ablation import Ablation
 from .cases import cases_of, feature_columns, held_out_splits, read_cases, target_of, template_splits
@@ -19,14 +18,13 @@ from .circuit_scorer import CircuitScorer
 from .errors import InputError
 from .features import FAMILIES, features_of
 from .forecast_measures import stratified_auroc
-from .learners import CANDIDATES, out_of_fold
+from .learners import CANDIDATES, in_processes, out_of_fold
 from .models import as_bridge, give_back_memory, model_name
 from .planting import is_planted, owners, planting_of
 from .prompts import PromptSet, concat_prompts
 from .tasks import list_variants, make_prompts
-from .wording import TaskError
 
-# %% ../nbs/w15l-forecast-on-known-truth.ipynb #64fb9a41
+# %% ../nbs/w15l-forecast-on-known-truth.ipynb #337cfb53
 def scored_cases(
     model,  # a name, a folder, a TransformerBridge or a Hugging Face model
     prompts: Sequence[PromptSet],  # of one task, the base prompts first
@@ -54,19 +52,15 @@ def task_cases(
     task: str,
     n: int = 36,  # prompts a variant
     seed: int = 0,
-    variants: Sequence[str] | None = None,  # None: all of the task for which this tokenizer has the words
+    variants: Sequence[str] | None = None,  # None: all of the task
     **more,  # of `scored_cases`
 ) -> pd.DataFrame:
-    "Cases of every variant of a task. Raises `TaskError` for a variant that was named and cannot be made."
-    bridge, there, prompts = as_bridge(model), list_variants(task), []
-    for axis, variant in there[["axis", "variant"]].itertuples(index=False):
-        if not (variants is None or variant in variants or variant == "base"): continue
-        try: prompts.append(make_prompts(task, axis, variant, n, seed, bridge.tokenizer))
-        except TaskError:
-            if variants is not None or variant == "base": raise
-    return scored_cases(bridge, prompts, seed=seed, **more)
+    "Cases of base prompts and variants of a task."
+    bridge, there = as_bridge(model), list_variants(task)
+    chosen = [(r.axis, r.variant) for r in there.itertuples() if variants is None or r.variant in variants or r.variant == "base"]
+    return scored_cases(bridge, [make_prompts(task, *v, n, seed, bridge.tokenizer) for v in chosen], seed=seed, **more)
 
-# %% ../nbs/w15l-forecast-on-known-truth.ipynb #d86af3bb
+# %% ../nbs/w15l-forecast-on-known-truth.ipynb #cbb4ce23
 def gather(
     folder: str | Path,
     jobs: Mapping[str, Callable[[], pd.DataFrame]],  # name of a file in the folder → what makes its cases
@@ -77,8 +71,7 @@ def gather(
         path = Path(folder) / f"{name}.csv"
         if not path.exists(): write_text_atomically(path, make().to_csv(index=False))
         return read_cases(path)
-    with parallel_config("loky", inner_max_num_threads=1): found = Parallel(workers)(delayed(one)(*job) for job in jobs.items())
-    return dict(zip(jobs, found))
+    return dict(zip(jobs, in_processes(workers, one, jobs.items())))
 
 # %% ../nbs/w15l-forecast-on-known-truth.ipynb #bfb3811a
 def patchwork_variants(

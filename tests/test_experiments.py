@@ -139,6 +139,75 @@ def test_the_protocols_that_are_published_are_of_the_whole_run():
     assert len(list((results / "figures").iterdir())) == 3 * len(options["models"]) + 1
 
 
+# e08: what predicts failure, whether that can be believed, and whether failure follows
+
+FORECAST, CHECKS, CAUSES = "e08-forecast", "e08b-forecast-checks", "e08c-changing-one-factor"
+FEW_CASES = dict(tasks=["ioi"], n=18, variants=["passive", "third_name", "rare_names"])
+
+
+def config(name): return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def csv(name, table): return pd.read_csv(FOLDER.parent / "results" / name / f"{table}.csv")
+
+
+@pytest.mark.slow
+def test_the_forecast_and_its_checks_run(tmp_path):
+    """Cases are gathered once for both."""
+    import papermill
+
+    def run(name, **given):
+        folders = dict(raw=str(tmp_path / "raw"), results=str(tmp_path / name))
+        papermill.execute_notebook(FOLDER / f"{name}.ipynb", tmp_path / "out.ipynb", given | folders, cwd=FOLDER, progress_bar=False)
+        return {p.stem for p in (tmp_path / name).glob("*.csv")}
+    models = ["organism-a", "organism-c"]
+    tables = run(FORECAST, models=models, permutations=9, **FEW_CASES)
+    assert tables == set("performance by_model families importance dependence reliability held_out held_out_variants from_one_to_another verdicts "
+                         "gap".split())
+    assert {p.name for p in (tmp_path / FORECAST / "figures").iterdir()} >= {"performance-decided.png", "dependence.png", "reliability.png"}
+    assert len(pd.read_csv(tmp_path / "raw" / "risks.csv")) == pd.read_csv(tmp_path / FORECAST / "performance.csv").n.max()
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "raw" / "gathered").iterdir()}
+    assert len(before) == 2
+    tables = run(CHECKS, changes=FEW_CASES | dict(models=models, patchworks=["organism-patchwork-3"], patchwork_prompts=18, shuffles=2))
+    assert tables >= {"planted", "shuffled", "with_checkpoints", "families_with_checkpoints"}
+    assert before.items() <= {p.name: p.stat().st_mtime_ns for p in (tmp_path / "raw" / "gathered").iterdir()}.items()
+
+
+@pytest.mark.slow
+def test_changing_one_factor_runs(tmp_path):
+    import papermill
+
+    given = dict(models=["organism-a"], n=18, doses=dict(attention=[-4], others=[-1], ld=[3]))
+    papermill.execute_notebook(FOLDER / f"{CAUSES}.ipynb", tmp_path / "out.ipynb", dict(changes=given, results=str(tmp_path / "results")),
+                               cwd=FOLDER, progress_bar=False)
+    said = pd.read_csv(tmp_path / "results" / "said.csv")
+    assert said.groupby("target").size().tolist() == [7, 7] and (tmp_path / "results" / "figures" / "organism-a.png").is_file()
+
+
+def test_the_forecast_that_is_published_is_of_the_whole_run_and_ahead_of_the_obvious():
+    options, table = config(FORECAST), csv(FORECAST, "performance")
+    first, others = table[table.who == "forecast"].set_index("target"), table[table.who != "forecast"]
+    assert first.index.tolist() == options["targets"] and (first.p_value == 1 / (options["permutations"] + 1)).all()
+    assert (others.ahead_auroc_low > 0).all() and (others.ahead_within_low > 0).all() and (others.ahead_brier_high < 0).all()
+    risks = pd.read_csv(FOLDER / FORECAST / "risks.csv")
+    assert len(risks) == first.n.max() and risks.groupby("model").task.unique().apply(sorted).eq(sorted(options["tasks"])).all()
+    assert set(risks.model) == set(options["models"]) and risks.groupby(["model", "task", "variant"]).size().max() == options["n"]
+
+
+def test_where_the_truth_is_known_it_is_found_and_nothing_else():
+    planted, shuffled, options = csv(CHECKS, "planted"), csv(CHECKS, "shuffled"), config(CHECKS)
+    unseen = planted[(planted.unseen == "variant and templates") & (planted.features == "all")]
+    assert sorted(unseen.model) == options["patchworks"] and (unseen.auroc >= 0.95).all()
+    assert len(shuffled) == options["shuffles"] and abs(shuffled.auroc.mean() - 0.5) < 0.03 and (shuffled.p_value <= 0.05).sum() <= 2
+
+
+def test_causes_that_are_published_are_of_every_model_and_ld_as_such_is_none():
+    said, followed = csv(CAUSES, "said"), csv(CAUSES, "followed")
+    assert set(said.model) == set(config(CAUSES)["models"]) and not said[said.factor == "LD"].says.str.contains("failure follows").any()
+    ld = followed[(followed.factor == "LD") & (followed.group == "all")]
+    assert ld.sufficiency_change.abs().max() < 1e-3 and ld.necessity_change.abs().max() < 1e-3
+
+
 # e09: causal scrubbing
 
 SCRUBBING = "e09-causal-scrubbing"
