@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS_OF_CASES', 'TARGETS', 'units_of', 'cases_of', 'read_cases', 'feature_columns', 'target_of', 'Split',
-           'template_splits', 'held_out_splits']
+           'template_splits', 'half_split', 'held_out_splits']
 
 # %% ../nbs/w15e-cases.ipynb #e9fde839
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ def target_of(
     fails = np.array(cases.verdict != "active", dtype=float)
     return np.where(cases.verdict == "undecided", np.nan, fails) if target == "decided" else fails
 
-# %% ../nbs/w15e-cases.ipynb #f74fa820
+# %% ../nbs/w15e-cases.ipynb #593b602b
 @dataclass(frozen=True)
 class Split:
     "Who learns and who is asked."
@@ -114,6 +114,15 @@ def template_splits(
         raise InputError(f"{n} templates: at least {MIN_CLUSTERS} are needed, since a forecast is tried on templates that it has not seen")
     fold = _folds(cases, min(k, n), seed)
     return [Split(f"fold {i}", _purged(cases, fold == i, fold != i), np.flatnonzero(fold == i)) for i in range(min(k, n))]
+
+
+def half_split(
+    cases: pd.DataFrame,
+    seed: int = 0,
+) -> list[Split]:
+    "One half of the units learns, the other is asked."
+    half = _folds(cases, 2, seed)
+    return [Split("half", _purged(cases, half == 1, half == 0), np.flatnonzero(half == 1))]
 
 
 def held_out_splits(

@@ -211,7 +211,7 @@ def run_train(args) -> None:
     print_table(f"{args.name}, seed {card['seed']}", ["task", "accuracy, %"], rows)
     print(f"Wrote {out}.")
 
-# %% ../nbs/w09c-command-line.ipynb #22dd581d
+# %% ../nbs/w09c-command-line.ipynb #802baf89
 def _scoring_options(parser: Parser, n_random: int, several: bool) -> None:
     "What `measure` and `score` share."
     how = ("what ablated activations are replaced by: the first gives the scores, the others test the conclusion" if several
@@ -237,7 +237,7 @@ def _scoring_options(parser: Parser, n_random: int, several: bool) -> None:
 
 
 def _measure_options(parser: Parser) -> None:
-    parser.add_argument("--model", required=True, help="an embedded model, a folder in Hugging Face format, or a hub name")
+    parser.add_argument("--model", required=True, help="an embedded model, a folder in Hugging Face format, or a hub name (also name@revision)")
     parser.add_argument("--task", default="ioi", help="see `circuit-gen tasks` (ioi)")
     parser.add_argument("--axes", nargs="+", default=["lexical", "syntactic", "domain", "adversarial"], metavar="AXIS", help="which axes (all four)")
     parser.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these variants of the axes")
@@ -249,7 +249,7 @@ def _measure_options(parser: Parser) -> None:
 
 
 def _score_options(parser: Parser) -> None:
-    parser.add_argument("--model", required=True, help="an embedded model, a folder in Hugging Face format, or a hub name")
+    parser.add_argument("--model", required=True, help="an embedded model, a folder in Hugging Face format, or a hub name (also name@revision)")
     parser.add_argument("--circuit", required=True, metavar="FILE", help="a packaged circuit or a JSON file")
     parser.add_argument("--prompts", required=True, metavar="FILE",
                         help="CSV: prompt, answer, distractor; optional counterfactual, template, base_id, pos_<role> (token index of a role); "
@@ -259,9 +259,9 @@ def _score_options(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="where the table goes")
     _scoring_options(parser, 19, several=False)
 
-# %% ../nbs/w09c-command-line.ipynb #3beff262
+# %% ../nbs/w09c-command-line.ipynb #3cb2d39a
 def _discover_options(parser: Parser) -> None:
-    parser.add_argument("--model", required=True, help="an embedded model, a folder in Hugging Face format, or a hub name")
+    parser.add_argument("--model", required=True, help="an embedded model, a folder in Hugging Face format, or a hub name (also name@revision)")
     parser.add_argument("--task", default="ioi", help="see `circuit-gen tasks` (ioi)")
     parser.add_argument("--n-prompts", type=whole(1), default=72, metavar="N", help="discovery prompts (72)")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of prompts and donors (0)")

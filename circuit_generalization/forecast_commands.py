@@ -58,10 +58,10 @@ def _cases(args, progress):
         parts.append(cases_of(table.assign(model=name, circuit=str(circuit)), found.table))
     return pd.concat(parts, ignore_index=True), left_out
 
-# %% ../nbs/w15k-forecast-command.ipynb #7a22d071
+# %% ../nbs/w15k-forecast-command.ipynb #3e0548f2
 def _study(args, cases, progress) -> dict:
     "Every table of the study, by its file's name; and the forecast."
-    from circuit_generalization.cases import target_of, template_splits
+    from circuit_generalization.cases import half_split, target_of, template_splits
     from circuit_generalization.forecast import fit_forecast
     from circuit_generalization.forecast_measures import reliability
     from circuit_generalization.forecast_study import ask_everybody, dependence, families_table, importance, performance, transfers
@@ -74,7 +74,8 @@ def _study(args, cases, progress) -> dict:
     step(1, "baselines")
     everybody = ask_everybody(cases, y, splits, args.seed, args.workers)
     step(2, "how they compare")
-    tables = dict(performance=performance(cases, y, everybody, args.permutations, args.seed))
+    halves = ask_everybody(cases, y, half_split(cases, args.seed), args.seed, args.workers) if args.permutations else None
+    tables = dict(performance=performance(cases, y, everybody, halves, args.permutations, args.seed))
     step(3, "families")
     tables["families"] = families_table(cases, y, splits, args.seed, args.workers)
     step(4, "features")

@@ -6,7 +6,7 @@
 __all__ = ['FORECAST', 'FIXED', 'ask_everybody', 'performance', 'shuffled', 'shuffled_labels', 'families_table', 'importance',
            'dependence', 'transfers', 'from_one_to_another', 'verdict_table', 'gap_table']
 
-# %% ../nbs/w15h-forecast-study.ipynb #a8ebbebe
+# %% ../nbs/w15h-forecast-study.ipynb #ae414873
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from .cases import Split, feature_columns, held_out_splits, template_splits
+from .cases import Split, feature_columns, half_split, held_out_splits, template_splits
 from .errors import InputError
 from .features import FAMILIES
 from circuit_generalization.forecast_measures import (
@@ -52,7 +52,7 @@ def ask_everybody(
         asked[name] = out_of_fold(labelled, y, columns, splits, own, seed, workers=workers)
     return asked
 
-# %% ../nbs/w15h-forecast-study.ipynb #7e4508d6
+# %% ../nbs/w15h-forecast-study.ipynb #9f7e239f
 def _both(name: str, found) -> dict: return {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
@@ -75,8 +75,9 @@ def performance(
     cases: pd.DataFrame,
     y: Float[np.ndarray, " case"],
     asked: dict[str, pd.DataFrame],  # of `ask_everybody`
-    permutations: int = 999,  # 0: no p-values
-    seed: int = 0,
+    halves: dict[str, pd.DataFrame] | None = None,  # of `ask_everybody` with `half_split`; None: no p-values
+    permutations: int = 999,
+    seed: int = 0,  # of the permutations
     ahead_of: Sequence[str] | None = None,  # rows that the forecast is compared with; None: all others
 ) -> pd.DataFrame:  # one row a forecaster: auroc, within, ap, brier, slope with intervals, the forecast's differences, p_value
     "Measures of every forecaster on the same prompts. Raises `InputError` where all or none of them fail."
@@ -93,11 +94,16 @@ def performance(
             row |= _both("ahead_within", stratified_auroc_difference(own, risk, truth, units, cells))
             row |= _both("ahead_ap", average_precision_difference(own, risk, truth, units))
             row |= _both("ahead_brier", brier_difference(own, risk, truth, units))
-        if permutations:
-            area = partial(_area, risk, folds)
-            row["p_value"] = permutation_p(area, truth, units, permutations, seed)
+        if halves is not None: row["p_value"] = _p_value(cases, y, halves[name], permutations, seed)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _p_value(cases: pd.DataFrame, y: Float[np.ndarray, " case"], asked: pd.DataFrame, permutations: int, seed: int) -> float:
+    "Labels dealt anew within units; NaN where no unit has both kinds."
+    truth, units, area = y[asked.case] == 1, cases.unit.iloc[asked.case].tolist(), partial(_area, asked.risk.to_numpy(), asked.fold)
+    try: return permutation_p(area, truth, units, permutations, seed)
+    except InputError: return np.nan
 
 
 def _area(risk, strata, truth: Bool[np.ndarray, " prompt"]) -> float:
@@ -109,7 +115,7 @@ def _area(risk, strata, truth: Bool[np.ndarray, " prompt"]) -> float:
     pairs = true["count"] * (size - true["count"])
     return float((true["sum"] - true["count"] * (true["count"] + 1) / 2).sum() / pairs.sum()) if pairs.sum() else np.nan
 
-# %% ../nbs/w15h-forecast-study.ipynb #ab840901
+# %% ../nbs/w15h-forecast-study.ipynb #14eefba0
 def shuffled(
     y: Float[np.ndarray, " case"],
     units: Sequence,  # labels are exchanged inside each
@@ -131,13 +137,14 @@ def shuffled_labels(
     seed: int = 0,
     workers: int = 1,
     candidates: dict | None = None,  # None: `CANDIDATES`, chosen inside
+    inside: str | None = None,  # labels are exchanged inside each value of this column, such as 'unit'; None: among all
 ) -> pd.DataFrame:  # one row a time: auroc, low, high, p_value
     "The forecast fitted and tried on labels that mean nothing."
-    rows = []
+    rows, groups = [], np.zeros(len(cases)) if inside is None else cases[inside]
     for k in range(n):
-        wrong = shuffled(y, cases.unit, [seed, k])
-        asked = out_of_fold(cases, wrong, feature_columns(cases), splits, candidates or CANDIDATES, seed, workers=workers)
-        row = performance(cases, wrong, {FORECAST: asked}, permutations=199, seed=k).iloc[0]
+        wrong = shuffled(y, groups, [seed, k])
+        def ask(splits): return out_of_fold(cases, wrong, feature_columns(cases), splits, candidates or CANDIDATES, seed, workers=workers)  # noqa: B023
+        row = performance(cases, wrong, {FORECAST: ask(splits)}, {FORECAST: ask(half_split(cases, seed))}, 199, k).iloc[0]
         rows.append(dict(auroc=row.auroc, low=row.auroc_low, high=row.auroc_high, p_value=row.p_value))
     return pd.DataFrame(rows)
 
@@ -232,7 +239,7 @@ def dependence(
             rows.append(dict(feature=feature, value=value, risk=np.mean(risks), low=min(risks), high=max(risks)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/w15h-forecast-study.ipynb #4cde209b
+# %% ../nbs/w15h-forecast-study.ipynb #47c94b20
 def transfers(
     cases: pd.DataFrame,
     y: Float[np.ndarray, " case"],
@@ -247,7 +254,7 @@ def transfers(
         try: splits = held_out_splits(cases, what, 2, seed)
         except InputError: continue
         asked = ask_everybody(cases, y, splits, seed, workers, baselines, FIXED)
-        try: tables.append(performance(cases, y, asked, permutations=0).assign(held_out=what))
+        try: tables.append(performance(cases, y, asked).assign(held_out=what))
         except InputError: continue
         if what == "variant": variants = _by_variant(cases, y, asked)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), variants

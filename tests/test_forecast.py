@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from circuit_generalization.cases import cases_of, feature_columns, held_out_splits, target_of, template_splits, units_of
+from circuit_generalization.cases import cases_of, feature_columns, half_split, held_out_splits, target_of, template_splits, units_of
 from circuit_generalization.circuit import Circuit, load_circuit
 from circuit_generalization.clean_signals import clean_pass, clean_signals, direct_effects, direct_shape, lens, lens_shape
 from circuit_generalization.errors import InputError
@@ -24,6 +24,7 @@ from circuit_generalization.forecast_study import (
     importance,
     performance,
     shuffled,
+    shuffled_labels,
     transfers,
     verdict_table,
 )
@@ -341,7 +342,8 @@ def test_nothing_to_forecast_from_is_said():
 def test_the_forecast_finds_what_was_hidden_and_is_ahead():
     cases = world()
     y, splits = target_of(cases), template_splits(cases)
-    table = performance(cases, y, ask_everybody(cases, y, splits, candidates=LOGISTIC), permutations=99).set_index("who")
+    asked, halves = (ask_everybody(cases, y, some, candidates=LOGISTIC) for some in (splits, half_split(cases)))
+    table = performance(cases, y, asked, halves, 99).set_index("who")
     assert table.auroc[FORECAST] > 0.85 and (table.ahead_auroc_low.drop(FORECAST) > 0).all() and table.p_value[FORECAST] == 0.01
     assert table.auroc["base rate"] == table.within["base rate"] == table.within["variant"] == 0.5
     assert table.ahead_auroc["LD(M)"] == pytest.approx(table.auroc[FORECAST] - table.auroc["LD(M)"])
@@ -356,8 +358,18 @@ def test_nothing_is_found_in_shuffled_labels():
         wrong = shuffled(y, cases.unit, k)
         assert np.array_equal(pd.Series(wrong).groupby(cases.unit).sum(), pd.Series(y).groupby(cases.unit).sum())
         asked = out_of_fold(cases, wrong, feature_columns(cases), splits, LOGISTIC)
-        areas.append(performance(cases, wrong, {FORECAST: asked}, permutations=99, seed=k).iloc[0])
+        half = out_of_fold(cases, wrong, feature_columns(cases), half_split(cases), LOGISTIC)
+        areas.append(performance(cases, wrong, {FORECAST: asked}, {FORECAST: half}, 99, k).iloc[0])
     assert abs(np.mean([a.auroc for a in areas]) - 0.5) < 0.02 and np.mean([a.p_value <= 0.1 for a in areas]) <= 0.25
+
+
+def test_labels_dealt_within_units_still_tell_which_units_fail():
+    cases = world(seed=1)
+    odd = cases.unit.str[-2:].astype(int).to_numpy() % 2
+    cases = cases.assign(**{"circuit.hidden": odd + 0.1 * cases["circuit.hidden"]})
+    y, splits = np.where(np.arange(len(cases)) % 20 == 0, 1.0 - odd, odd), template_splits(cases)
+    inside, among = (shuffled_labels(cases, y, splits, 2, candidates=LOGISTIC, inside=x) for x in ("unit", None))
+    assert (inside.auroc > 0.85).all() and (among.auroc < 0.6).all()
 
 
 def test_the_family_and_the_feature_that_decide_are_named():

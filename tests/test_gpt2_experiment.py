@@ -131,7 +131,9 @@ def test_a_model_of_gpt2s_shape_that_cannot_do_the_tasks_is_told_so(tmp_path, gp
     config = dict(n_layers=12, n_heads=12, d_model=24, n_vocab=50257, n_positions=128)
     random_gpt2(**config).save_pretrained(tmp_path / "gpt2")
     gpt2.save_pretrained(tmp_path / "gpt2")
-    stages = run(tmp_path, model=str(tmp_path / "gpt2"), gate=False, changes=FEW)
+    stages = run(tmp_path, model=str(tmp_path / "gpt2"), changes=FEW | dict(gate_n=72))
+    gate = json.loads((tmp_path / "results" / "gate" / "gate.json").read_text())
+    assert stages["gate"] == "done" and "F(M)" in gate["failed"] and "full circuit = model" not in gate["failed"]
     for task in ("ioi", "greater_than", "induction"): assert "are right, and at least 75% must be" in stages[task]
     assert "nothing to forecast" in stages["forecast"] and stages["curves"] == "done"
     assert pd.read_csv(tmp_path / "results" / "mib.csv").quantity.tolist() == ["random CMD", "CMD", "CPR"]
