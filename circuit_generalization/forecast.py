@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Forecast', 'fit_forecast', 'failed_before', 'contributions', 'save_forecast', 'load_forecast']
 
-# %% ../nbs/w15g-forecast.ipynb #a1b6e4a8
+# %% ../nbs/w15g-forecast.ipynb #4acd44b9
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from .cases import TARGETS, feature_columns, read_cases, target_of, template_splits
+from .cases import feature_columns, read_cases, target_of, template_splits
 from .circuit import Circuit, load_circuit, write_text_atomically
 from .errors import InputError
 from .features import features_of
@@ -25,7 +26,7 @@ from .models import load_model
 from .prompts import PromptSet
 from .stats import share_interval
 
-# %% ../nbs/w15g-forecast.ipynb #64ea0477
+# %% ../nbs/w15g-forecast.ipynb #2f64c908
 @dataclass(frozen=True)
 class Forecast:
     "A fitted forecast. `predict` asks it about prompts, `risks` about a table of features."
@@ -64,7 +65,8 @@ def fit_forecast(
     kept = np.flatnonzero(np.isfinite(y))
     if not len(kept): raise InputError(f"no case counts for the target {target!r}: all are undecided")
     cases, y = cases.iloc[kept].reset_index(drop=True), y[kept]
-    columns = [c for c in columns if cases[c].notna().any()]
+    columns = [c for c in columns if cases[c].nunique(dropna=False) > 1]
+    if not columns: raise InputError("these features are the same for all cases, so there is nothing to forecast from: choose other families")
     asked = out_of_fold(cases, y, columns, template_splits(cases, seed=seed), seed=seed, workers=workers)
     estimator, chosen = fit_chosen(cases, y, columns, seed=seed)
     return Forecast(cases, target, tuple(columns), chosen, seed, estimator, asked, float(y.mean()))
@@ -119,13 +121,19 @@ def _reasons(forecast: Forecast, table: pd.DataFrame, top: int) -> list[str]:
                                + f" {row[i]:+.2f}" for i in best if abs(row[i]) >= 0.005))
     return texts
 
-# %% ../nbs/w15g-forecast.ipynb #a652d0b6
+# %% ../nbs/w15g-forecast.ipynb #e0533f77
 def _outside(forecast: Forecast, table: pd.DataFrame) -> list[int]:
     "How many numeric features of each prompt lie beyond all cases."
     numbers = [c for c in forecast.columns if pd.api.types.is_numeric_dtype(forecast.cases[c])]
     low, high, now = forecast.cases[numbers].min(), forecast.cases[numbers].max(), table.reindex(columns=numbers).astype(float)
     slack = 1e-6 * (high - low).abs().clip(lower=1e-6)
     return ((now < low - slack) | (now > high + slack)).sum(axis=1).tolist()
+
+
+def _missing(forecast: Forecast, table: pd.DataFrame) -> list[int]:
+    "How many features each prompt lacks that all cases have."
+    known = [c for c in forecast.columns if forecast.cases[c].notna().all()]
+    return table.reindex(columns=known).isna().sum(axis=1).tolist()
 
 
 def _one(given, cases: pd.DataFrame, column: str, what: str):
@@ -150,8 +158,8 @@ def _predict(
     circuit: Circuit | str | Path | None = None,  # None: the one that the cases are of, if it is packaged
     reasons: int = 3,  # features named for each prompt
     batch_size: int = 64,
-) -> pd.DataFrame:  # prompt_id, prompt, risk, failed_before, low, high, outside, reasons; one row a prompt
-    "Risk and reasons of every prompt; nothing is patched. Raises `InputError` where model or circuit are not given and not unique."
+) -> pd.DataFrame:  # prompt_id, prompt, risk, failed_before, low, high, outside, missing, reasons; one row a prompt
+    "Risk and reasons of every prompt; none (NaN) where the model is wrong. Raises `InputError` where model or circuit are not given and not unique."
     model, circuit = _one(model, self.cases, "model", "model"), _one(circuit, self.cases, "circuit", "circuit")
     bridge = load_model(model) if isinstance(model, str | Path) else model
     circuit = circuit if isinstance(circuit, Circuit) else load_circuit(circuit)
@@ -159,13 +167,15 @@ def _predict(
     table = features_of(bridge, circuit, prompts, families=families, batch_size=batch_size).table
     risk = self.risks(table)
     labels = prompts.labels[["prompt_id", "prompt"]].reset_index(drop=True)
-    return pd.concat([labels.assign(risk=risk), failed_before(self, risk)], axis=1).assign(outside=_outside(self, table),
-                                                                                          reasons=_reasons(self, table, reasons))
+    said = pd.concat([labels.assign(risk=risk), failed_before(self, risk)], axis=1)
+    said = said.assign(outside=_outside(self, table), missing=_missing(self, table), reasons=_reasons(self, table, reasons))
+    if "behaviour.ld" in table: said.loc[table["behaviour.ld"].to_numpy() <= 0, ["risk", "failed_before", "low", "high"]] = np.nan  # no cases
+    return said
 
 
 Forecast.predict = _predict
 
-# %% ../nbs/w15g-forecast.ipynb #f235c110
+# %% ../nbs/w15g-forecast.ipynb #b71dc752
 _FILE, _CASES, _ASKED = "forecast.json", "cases.csv", "asked.csv"
 
 
@@ -176,11 +186,17 @@ def save_forecast(
     "Write cases, out-of-fold risks and choices, each beside and then renamed."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, table in ((_CASES, forecast.cases), (_ASKED, forecast.asked)):
-        write_text_atomically(folder / name, table.to_csv(index=False, lineterminator="\n"))  # all digits: the fit must come out the same
+    texts = {name: table.to_csv(index=False, lineterminator="\n") for name, table in ((_CASES, forecast.cases), (_ASKED, forecast.asked))}
+    for name, text in texts.items(): write_text_atomically(folder / name, text)  # all digits: the fit must come out the same
     about = dict(target=forecast.target, chosen=forecast.chosen, seed=forecast.seed, columns=list(forecast.columns), cases=len(forecast.cases),
                  rate=forecast.rate, version=metadata.version("circuit-generalization"))
+    about |= dict(digest=_digest(about, texts))
     write_text_atomically(folder / _FILE, json.dumps(about, indent=1) + "\n")
+
+
+def _digest(about: dict, texts: dict[str, str]) -> str:
+    "Of all that a forecast consists of."
+    return hashlib.sha256("\0".join([json.dumps(about, sort_keys=True), *texts.values()]).encode()).hexdigest()
 
 
 def load_forecast(
@@ -190,14 +206,12 @@ def load_forecast(
     folder = Path(folder)
     try:
         about = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        cases, asked = (read_cases(folder / name) for name in (_CASES, _ASKED))
+        texts = {name: (folder / name).read_bytes().decode("utf-8") for name in (_CASES, _ASKED)}
     except FileNotFoundError as e: raise InputError(f"{folder}: no {Path(e.filename).name}; give a folder that circuit-gen forecast wrote") from None
-    except (ValueError, OSError) as e: raise InputError(f"{folder}: cannot be read as a forecast ({e})") from None
-    missing = [k for k in ("target", "chosen", "seed", "columns", "cases") if k not in about]
-    missing += [c for c in about.get("columns", ()) if c not in cases]
-    if missing: raise InputError(f"{folder}: {missing[0]!r} is missing; make the forecast again")
-    if about["target"] not in TARGETS or about["chosen"] not in [*CANDIDATES, "base rate"] or about["cases"] != len(cases):
-        raise InputError(f"{folder}: {_FILE} and {_CASES} do not belong together; make the forecast again")
+    except (ValueError, OSError, RecursionError) as e: raise InputError(f"{folder}: cannot be read as a forecast ({e})") from None
+    if not isinstance(about, dict) or about.pop("digest", None) != _digest(about, texts):
+        raise InputError(f"{folder}: its files are not as they were written; make the forecast again")
+    cases, asked = (read_cases(folder / name) for name in texts)
     columns, y = about["columns"], target_of(cases, about["target"])
     only = {k: v for k, v in CANDIDATES.items() if k == about["chosen"]}
     estimator = fit_chosen(cases, y, columns, only, about["seed"])[0] if only else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from .errors import InputError
 from .terminal import Command, Parser, check_device, check_folder, check_model, print_table, progress_bar, whole
 
-# %% ../nbs/w15k-forecast-command.ipynb #f3f6d89c
+# %% ../nbs/w15k-forecast-command.ipynb #226aa667
 def _tables(args) -> list[tuple]:
     "Each table of scores with its model and its circuit's name or file."
     import pandas as pd
@@ -34,8 +34,37 @@ def _tables(args) -> list[tuple]:
             raise InputError(f"{path}: {what}; give a table that circuit-gen measure or score wrote")
         for column, given in (("model", model), ("circuit", circuit)):
             if given is None and table[column].nunique() > 1: raise InputError(f"{path}: holds several {column}s; split it, one table for each")
+        _check_scores(path, table)
+        words = {c: table[c].fillna("").astype(str) for c in ("task", "axis", "variant", "template") if c in table}
+        table = table.assign(**words)
         out.append((table, model or str(table.model.iloc[0]), circuit or str(table.circuit.iloc[0])))
     return out
+
+
+def _check_scores(path: Path, table):
+    "Raise `InputError` for values that no scorer writes."
+    import numpy as np
+    import pandas as pd
+
+    from circuit_generalization.metrics import VERDICTS
+
+    ld, verdict = pd.to_numeric(table.ld_model, errors="coerce"), table.verdict.astype(str)
+    for bad, what, column in ((~np.isfinite(ld), "ld_model", table.ld_model), (~verdict.isin(VERDICTS), "verdict", table.verdict),
+                              (table.duplicated("prompt_id"), "prompt_id, a second time", table.prompt_id)):
+        if bad.any(): raise InputError(f"{path}: row {int(np.flatnonzero(bad)[0]) + 2} has {str(column[bad].iloc[0])!r} as {what}; give a table as "
+                                       "circuit-gen measure or score wrote it")
+
+
+def _check_same(table, name: str, circuit, features):
+    "Raise `InputError` where model or circuit are others than those that were scored."
+    scored = table.circuit.iloc[0]
+    if circuit.name != scored: raise InputError(f"the scores are of circuit {scored!r}, not of {circuit.name!r}: give --circuit as it was scored")
+    if "behaviour.ld" not in features: return
+    apart = (features["behaviour.ld"].to_numpy() - table.ld_model.to_numpy())
+    if not (abs(apart) <= 0.01 + 0.01 * table.ld_model.abs()).all():
+        i = int(abs(apart).argmax())
+        raise InputError(f"prompt {table.prompt_id.iloc[i]!r} was scored with LD {table.ld_model.iloc[i]:.3g}, and {name} gives "
+                         f"{features['behaviour.ld'].iloc[i]:.3g}: is it another model, or were the prompts scored with a BOS token (--bos)?")
 
 
 def _cases(args, progress):
@@ -53,10 +82,16 @@ def _cases(args, progress):
         progress(i, len(tables), f"features of {name}, {len(table)} prompts")
         model = load_model(name, args.device)
         given = PromptSet.from_csv(args.prompts, model.tokenizer, args.bos) if args.prompts else None
-        found = features_of_scores(table, model, load_circuit(circuit), args.families or FAMILIES, args.bos, given, args.batch_size)
+        claim = load_circuit(circuit)
+        found = features_of_scores(table, model, claim, args.families or FAMILIES, args.bos, given, args.batch_size)
+        _check_same(table, name, claim, found.table)
         left_out |= {f"{family} ({name})": why for family, why in found.left_out.items()}
         parts.append(cases_of(table.assign(model=name, circuit=str(circuit)), found.table))
-    return pd.concat(parts, ignore_index=True), left_out
+    cases = pd.concat(parts, ignore_index=True)
+    if (twice := cases.duplicated(["model", "task", "prompt_id"])).any():
+        prompt, model = cases[["prompt_id", "model"]][twice].iloc[0]
+        raise InputError(f"prompt {prompt!r} of {model} stands in two tables of --scores: give each once")
+    return cases, left_out
 
 # %% ../nbs/w15k-forecast-command.ipynb #3e0548f2
 def _study(args, cases, progress) -> dict:
@@ -112,7 +147,7 @@ def _write(args, forecast, tables: dict, left_out: dict):
     about = dict(options=options, left_out=left_out, cases=len(forecast.cases), version=metadata.version("circuit-generalization"))
     write_text_atomically(args.out / "manifest.json", json.dumps(about, indent=1) + "\n")
 
-# %% ../nbs/w15k-forecast-command.ipynb #d3042925
+# %% ../nbs/w15k-forecast-command.ipynb #5bd3dae1
 def _ends(row, name: str, form: str = ".2f") -> str:
     value, low, high = (row.get(name + end, float("nan")) for end in ("", "_low", "_high"))
     if value != value: return ""
@@ -136,12 +171,13 @@ def conclusion(
 def print_study(
     tables: dict,  # of a study: performance, families, importance
     rate: float,
+    target: str = "not active",
 ):
     "Print who is ahead, which families and features matter, and the conclusion."
     shown = ("auroc", "within", "ap", "slope")  # the other measures are in performance.csv
     rows = [[r["who"], *(_ends(r, c) for c in shown), _ends(r, "ahead_auroc", "+.2f")] for r in tables["performance"].to_dict("records")]
     n = int(tables["performance"].n.iloc[0])
-    print_table(f"Forecasts of {n} prompts, of which {rate:.0%} fail; templates unseen",
+    print_table(f"Forecasts of {n} prompts that the model gets right, of which {rate:.0%} fail ({target}); templates unseen",
                 ["who", "AUROC", "within\ndata sets", "average\nprecision", "calibration\nslope", "forecast ahead,\nAUROC"], rows)
     families = [[r["family"], str(r["features"]), *(_ends(r, c) for c in ("alone", "alone_within", "lost", "lost_within"))]
                 for r in tables["families"].to_dict("records")]
@@ -152,7 +188,7 @@ def print_study(
     print_table("\nFeatures that matter most", ["feature", "lost without it", "lost, within", "correlation\nwith failure"], best)
     print("\n" + conclusion(tables["performance"]))
 
-# %% ../nbs/w15k-forecast-command.ipynb #17911419
+# %% ../nbs/w15k-forecast-command.ipynb #25ac9fea
 def run_forecast(
     args,  # its options
 ) -> int:  # exit code
@@ -161,7 +197,12 @@ def run_forecast(
         raise InputError("give either --scores FILE.csv, to learn from, or --load DIR, a forecast that was made before")
     if args.load and not args.ask: raise InputError("--load needs --ask FILE.csv: the prompts that the forecast is asked about")
     check_folder(args.out)
+    if args.seed >= 2**32: raise InputError(f"--seed {args.seed}: too large, the learners take at most {2**32 - 1}")
+    unused = [f"--{k}" for k in ("families", "prompts") if args.load and getattr(args, k)]
+    if unused: raise InputError(f"{unused[0]} is for learning (--scores), and does nothing with --load: leave it out")
     if args.load and args.load.resolve() == args.out.resolve(): raise InputError(f"--out {args.out}: that is the forecast; give another folder")
+    inputs = [p for p in (*(args.scores or ()), args.ask, args.prompts) if p is not None and p.resolve().parent == args.out.resolve()]
+    if inputs: raise InputError(f"--out {args.out}: {inputs[0].name} lies there, and files of that folder may be replaced; give another folder")
     check_device(args.device)
     for name in args.model or (): check_model(name)
     from circuit_generalization.models import quiet
@@ -176,6 +217,7 @@ def _learnt(args) -> int:
     if args.target not in TARGETS: raise InputError(f"no target {args.target!r}: there is {', '.join(TARGETS)}")
     unknown = [f for f in args.families or () if f not in FAMILIES]
     if unknown: raise InputError(f"no family of features {unknown[0]!r}: there is {', '.join(FAMILIES)}")
+    asked = _to_ask(args, [name for _, name, _ in _tables(args)]) if args.ask else None  # read first, so that a bad file costs nothing
     with progress_bar() as progress:
         cases, left_out = _cases(args, progress)
         found = _study(args, cases, progress)
@@ -183,8 +225,8 @@ def _learnt(args) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     _write(args, forecast, tables, left_out)
     for family, why in left_out.items(): print(f"Left out: {family}, since {why}.")
-    print_study(tables, forecast.rate)
-    if args.ask: _ask(args, forecast)
+    print_study(tables, forecast.rate, forecast.target)
+    if args.ask: _ask(args, forecast, *asked)
     print(f"Wrote {args.out}.")
     return 0
 
@@ -193,27 +235,42 @@ def _asked(args) -> int:
     from circuit_generalization.forecast import load_forecast
 
     forecast = load_forecast(args.load)
-    args.out.mkdir(parents=True, exist_ok=True)
-    _ask(args, forecast)
+    _ask(args, forecast, *_to_ask(args, forecast.cases.model.unique()))
     print(f"Wrote {args.out / 'predictions.csv'}.")
     return 0
 
 
-def _ask(args, forecast):
-    "Risks of new prompts, written and the first few printed."
-    from circuit_generalization.forecast import _one
-    from circuit_generalization.measurement import to_csv
+def _to_ask(args, names) -> tuple:
+    "The model and the prompts that are asked about. Raises `InputError` where it is not clear which model is meant."
     from circuit_generalization.models import load_model
-    from circuit_generalization.prompts import PromptSet
+    from circuit_generalization.published_prompts import read_prompts
 
-    model = load_model(_one((args.model or [None])[0], forecast.cases, "model", "model"), args.device)
-    prompts = PromptSet.from_csv(args.ask, model.tokenizer, args.bos)
+    names = list(dict.fromkeys(args.model or names))
+    if len(names) > 1: raise InputError(f"--ask {args.ask}: asked of which model? The forecast knows {', '.join(map(str, names))}: learn first, then "
+                                        "ask with --load DIR --model NAME")
+    model = load_model(str(names[0]), args.device)
+    return model, read_prompts(args.ask, model.tokenizer, args.bos)
+
+
+def _ask(args, forecast, model, prompts):
+    "Risks of new prompts, written and the first few printed."
+    from circuit_generalization.measurement import to_csv
+    from circuit_generalization.models import model_name
+
     said = forecast.predict(prompts, model, (args.circuit or [None])[0], batch_size=args.batch_size)
     to_csv(said, args.out / "predictions.csv")
-    rows = [[r.prompt_id, f"{r.risk:.2f}", f"{r.failed_before:.0%}", str(r.outside), r.reasons.replace("; ", "\n")]
-            for r in said.sort_values("risk", ascending=False).head(5).itertuples()]
-    columns = ["prompt", "risk", "such prompts\nfailed", "features\nbeyond the cases", "reasons"]
+    rows = [[r.prompt_id, f"{r.risk:.2f}", f"{r.failed_before:.0%}", str(r.outside), str(r.missing), r.reasons.replace("; ", "\n")]
+            for r in said.dropna(subset="risk").sort_values("risk", ascending=False).head(5).itertuples()]
+    columns = ["prompt", "risk", "such prompts\nfailed", "features\nbeyond the cases", "features\nmissing", "reasons"]
     print_table(f"\nThe highest risks of {len(said)} prompts", columns, rows, ["reasons"])
+    wrong = int(said.risk.isna().sum())
+    if wrong: print(f"{wrong} prompts have no risk: the model gets them wrong, so there is nothing to explain.")
+    if said.missing.max():
+        print("Features are missing: prompts without positions of roles (pos_<role>), or of another task, cannot be described in full; "
+              "a risk that rests on less is worth less.")
+    known = {Path(str(name)).name for name in forecast.cases.model}
+    if Path(model_name(model)).name not in known:
+        print(f"The forecast has not learnt from {model_name(model)} ({', '.join(sorted(known))}): its risks rank prompts, and are no probabilities.")
 
 
 def _forecast_options(parser: Parser) -> None:

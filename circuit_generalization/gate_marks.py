@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import InputError
 
-# %% ../nbs/w08c-gate-marks.ipynb #621419fc
+# %% ../nbs/w08c-gate-marks.ipynb #041fc52b
 GATE = "circuit-generalization-gate-1"
 
 
@@ -25,6 +25,9 @@ def _gate_data(path: Path) -> Mapping:
         raise InputError(f"--gate {path}: not the result of a reference gate; give the gate.json that `circuit-gen reference-gate` wrote")
     lists = all(isinstance(data.get(k), list) and all(isinstance(x, str) for x in data[k]) for k in ("failed", "not_run"))
     if not lists or not isinstance(data.get("weights"), str): raise InputError(f"--gate {path}: 'weights', 'failed' or 'not_run' is missing")
+    failed = [r.get("row") for r in data.get("rows", ()) if r.get("result") == "fail"] if "rows" in data else data["failed"]
+    if failed != data["failed"] or data.get("passed", not failed) != (not failed):
+        raise InputError(f"--gate {path}: 'passed', 'failed' and its rows say different things; run the gate again")
     return data
 
 

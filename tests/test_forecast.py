@@ -298,8 +298,16 @@ def test_a_forecast_that_was_kept_says_the_same(forecast, tmp_path):
     save_forecast(forecast, tmp_path / "f")
     back, cases = load_forecast(tmp_path / "f"), world(50, seed=3)
     assert np.array_equal(back.risks(cases), forecast.risks(cases)) and back.columns == forecast.columns
-    (tmp_path / "f" / "cases.csv").write_text("prompt_id\n1\n")
-    with pytest.raises(InputError, match="is missing; make the forecast again"): load_forecast(tmp_path / "f")
+    kept = {p: p.read_text() for p in (tmp_path / "f").iterdir()}
+    assert {p.name for p in kept} == {"forecast.json", "cases.csv", "asked.csv"}
+    changed = {"cases.csv": [lambda t: "prompt_id\n1\n", lambda t: t.replace("rerouted", "active", 1)], "asked.csv": [lambda t: t[:-20]],
+               "forecast.json": [lambda t: t.replace('"seed": 0', '"seed": 1'), lambda t: "[]", lambda t: "3", lambda t: "[" * 10**5]}
+    for name, changes in changed.items():
+        for change in changes:
+            (tmp_path / "f" / name).write_text(change(kept[tmp_path / "f" / name]))
+            with pytest.raises(InputError, match="not as they were written|cannot be read as"): load_forecast(tmp_path / "f")
+        (tmp_path / "f" / name).write_text(kept[tmp_path / "f" / name])
+    assert load_forecast(tmp_path / "f").columns == forecast.columns
     with pytest.raises(InputError, match="no forecast.json"): load_forecast(tmp_path)
 
 
@@ -331,8 +339,17 @@ def test_a_forecast_of_several_models_must_be_told_which(forecast, prompts):
     with pytest.raises(InputError, match="several models"): Forecast(**vars(forecast) | dict(cases=cases)).predict(prompts)
 
 
+def test_features_that_a_prompt_lacks_are_counted(forecast):
+    from circuit_generalization.forecast import _missing
+
+    inside = forecast.cases.head(2)
+    less = inside.drop(columns="circuit.hidden").assign(**{"behaviour.ld": np.nan})
+    assert _missing(forecast, inside) == [0, 0] and _missing(forecast, less) == [2, 2]
+
+
 def test_nothing_to_forecast_from_is_said():
     cases = world(200)
+    with pytest.raises(InputError, match="the same for all cases"): fit_forecast(cases[cases.model == "m1"], families=["model"])
     with pytest.raises(InputError, match="no features of these families"): fit_forecast(cases, families=["geometry"])
     with pytest.raises(InputError, match="all are undecided"): fit_forecast(cases.assign(verdict="undecided"), "decided")
 

@@ -407,6 +407,7 @@ def test_published_prompts_are_used_and_named(shaped, small, tmp_path):
 
 @pytest.mark.parametrize("change, said", [
     (lambda p: replace(p, positions={"END": p.lengths - 1}), "no position S1"),
+    (lambda p: replace(p, positions=dict(p.positions) | {"S2": torch.full_like(p.lengths, -1)}), "position S2 is not known"),
     (lambda p: replace(p, labels=p.labels.assign(order="")), "order of the IOI"),
     (lambda p: replace(p, counterfactual=None), "no counterfactuals")])
 def test_prompts_that_cannot_be_used(shaped, small, change, said):
@@ -481,6 +482,8 @@ def test_measurements_are_marked(compiled, tmp_path, refused):  # noqa: F811
     (None, "cannot be read"), ("[", "not JSON"), ("[]", "not the result"), ('{"format": "other"}', "not the result"),
     (json.dumps(dict(format=GATE, weights="a", failed=[1], not_run=[])), "is missing"),
     (json.dumps(dict(format=GATE, failed=[], not_run=[])), "is missing"),
+    (json.dumps(dict(format=GATE, weights="a", passed=False, failed=[], not_run=[])), "different things"),
+    (json.dumps(dict(format=GATE, weights="a", failed=[], not_run=[], rows=[dict(row="F(M)", result="fail")])), "different things"),
     (json.dumps(dict(format=GATE, weights="b", failed=[], not_run=[])), "other weights")])
 def test_files_that_are_no_gate(tmp_path, text, said):
     if text is not None: (tmp_path / "gate.json").write_text(text)
@@ -495,8 +498,8 @@ def test_what_a_mark_says(tmp_path, failed, not_run, mark):
 
 def test_bad_input(folder, refused, tmp_path):  # noqa: F811
     def says(*argv, model=folder): return refused("reference-gate", "--model", model, *argv)
-    assert "give --n 72" in says("--n", "40")
-    assert "a3" in says(model="organism-a") or "layers" in says(model="organism-a")
+    assert "give --n 72" in says("--n", "40") and "give --n 72" in says("--n", "2")
+    assert "12 layers of 12 heads; this model has 4 of 8" in says(model="organism-a")
     assert "did you mean organism-a" in says(model="organism-aa")
     assert "not a folder" in says("--prompts", tmp_path / "none")
     (tmp_path / "empty").mkdir()
@@ -515,11 +518,17 @@ def test_bad_input(folder, refused, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_the_whole_gate_in_gpt2s_true_shape(gpt2, shared, tmp_path, capsys):
-    "With its tokenizer, the published prompts and pairs: it fails, and says where."
+def test_the_whole_gate_in_gpt2s_true_shape(gpt2, shared, tmp_path, capsys, monkeypatch):
+    "With its tokenizer, the published prompts (of each file the first ones) and pairs: it fails, and says where."
+    monkeypatch.setattr(reference_gate, "chosen_sets", lambda runs, circuit: dict.fromkeys(circuit.components, ()))  # searches are tested above
+    for name, value in dict(RUNS=1, CANDIDATES=2, STEPS=2).items(): monkeypatch.setattr(reference_gate, name, value)
+    (tmp_path / "published").mkdir()
+    for file in shared("prompts/ioi-ABBA-00.json").parent.glob("ioi-*.json"):
+        data = json.loads(file.read_text())
+        (tmp_path / "published" / file.name).write_text(json.dumps(data | dict(prompts=data["prompts"][:10])))
     model = random_gpt2(seed=0, n_layers=12, n_heads=12, d_model=768, n_vocab=len(gpt2), n_positions=128)
     for part in (model, gpt2): part.save_pretrained(tmp_path / "model")
-    argv = ["reference-gate", "--model", str(tmp_path / "model"), "--prompts", str(shared("prompts/ioi-ABBA-00.json").parent), "--n", "60",
+    argv = ["reference-gate", "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "published"), "--n", "60",
             "--greater-than", str(shared("prompts/greater-than-eap-ig.csv")), "--out", str(tmp_path / "gate")]
     assert main(argv) == 1
     table, said = pd.read_csv(tmp_path / "gate" / "gate.csv"), capsys.readouterr().out
