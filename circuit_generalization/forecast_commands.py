@@ -188,7 +188,7 @@ def print_study(
     print_table("\nFeatures that matter most", ["feature", "lost without it", "lost, within", "correlation\nwith failure"], best)
     print("\n" + conclusion(tables["performance"]))
 
-# %% ../nbs/w15k-forecast-command.ipynb #25ac9fea
+# %% ../nbs/w15k-forecast-command.ipynb #d69eb2f2
 def run_forecast(
     args,  # its options
 ) -> int:  # exit code
@@ -294,5 +294,6 @@ def _forecast_options(parser: Parser) -> None:
 FORECASTS = {
     "forecast": Command("on which prompts will the circuit fail, said before anything is patched?", run_forecast, _forecast_options, """
   circuit-gen forecast --scores results/organism-a-ioi/scores.csv --model organism-a --out forecast
-  circuit-gen forecast --load forecast --ask my.csv --out risks"""),
+  circuit-gen forecast --load forecast --ask my.csv --out risks""",
+                        "every file that was written is whole; the same command begins again"),
 }

@@ -403,7 +403,7 @@ IDENTITIES = tuple(Row(name, None, 0, 1e-4, "by construction", "ioi", measure, "
 
 ROWS = IDENTITIES + FIGURES + SIGNS
 
-# %% ../nbs/w16b-reference-gate.ipynb #8449060f
+# %% ../nbs/w16b-reference-gate.ipynb #658ecf9d
 def _measured(row: Row, gate: Gate) -> dict:
     "What one row found."
     try: x, reason = float(row.measure(gate)), ""
@@ -418,7 +418,7 @@ def _prompts_of(row: Row, gate: Gate) -> str:
     given = dict(ioi=gate.given.ioi, greater_than=gate.given.greater_than)
     if row.on == "EAP-IG": return "EAP-IG's"
     templates = f", {gate.ioi.labels.template.nunique()} templates" if row.on == "ioi" else ""
-    return f"published{templates}" if given.get(row.on) is not None else "own templates"
+    return f"given{templates}" if given.get(row.on) is not None else "own templates"
 
 
 def run_gate(

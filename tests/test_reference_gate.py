@@ -398,7 +398,7 @@ def test_published_prompts_are_used_and_named(shaped, small, tmp_path):
     assert len(gate.ioi) == 16 and gate.ioi.labels.template.value_counts().tolist() == [4] * 4  # as many of each, 14 rounded up
     assert torch.equal(gate.pool.tokens, uninformative(published).tokens) and len(gate.pool) == len(published) == 20
     found = run_gate(gate, [r for r in ROWS if r.name in ("F(M)", "F(C)/F(M)", "BABA > ABBA")])
-    assert set(found.prompts) == {"published, 4 templates"} and found.measured.notna().all()
+    assert set(found.prompts) == {"given, 4 templates"} and found.measured.notna().all()
     runs = Knockouts(gate.model, gate.ioi, gate.pool)
     assert found.measured[1] == pytest.approx(faithfulness(runs, gate.circuits["ioi"]).ratio_of_means, rel=1e-3)
     searched, held = (set(part.prompts.labels.prompt_id) for part in gate.parts)
@@ -532,6 +532,6 @@ def test_the_whole_gate_in_gpt2s_true_shape(gpt2, shared, tmp_path, capsys, monk
             "--greater-than", str(shared("prompts/greater-than-eap-ig.csv")), "--out", str(tmp_path / "gate")]
     assert main(argv) == 1
     table, said = pd.read_csv(tmp_path / "gate" / "gate.csv"), capsys.readouterr().out
-    assert (table.prompts == "published, 30 templates").sum() == sum(r.on == "ioi" for r in ROWS) and set(table.result) == {"pass", "fail", "not run"}
+    assert (table.prompts == "given, 30 templates").sum() == sum(r.on == "ioi" for r in ROWS) and set(table.result) == {"pass", "fail", "not run"}
     assert (table.result[table.kind == "exact"] == "pass").all() and table.measured.isna().sum() == 2
     assert "the gate is failed" in said and all(f"\n{name} " in said for name in NAMES)
