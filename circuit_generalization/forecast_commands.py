@@ -13,7 +13,7 @@ from pathlib import Path
 from .errors import InputError
 from .terminal import Command, Parser, check_device, check_folder, check_model, print_table, progress_bar, whole
 
-# %% ../nbs/w15k-forecast-command.ipynb #226aa667
+# %% ../nbs/w15k-forecast-command.ipynb #ff56a161
 def _tables(args) -> list[tuple]:
     "Each table of scores with its model and its circuit's name or file."
     import pandas as pd
@@ -67,7 +67,7 @@ def _check_same(table, name: str, circuit, features):
                          f"{features['behaviour.ld'].iloc[i]:.3g}: is it another model, or were the prompts scored with a BOS token (--bos)?")
 
 
-def _cases(args, progress):
+def _cases(args, tables: list[tuple], progress):
     "The cases of all tables, and the families that were left out."
     import pandas as pd
 
@@ -77,7 +77,7 @@ def _cases(args, progress):
     from circuit_generalization.models import load_model
     from circuit_generalization.prompts import PromptSet
 
-    parts, left_out, tables = [], {}, _tables(args)
+    parts, left_out = [], {}
     for i, (table, name, circuit) in enumerate(tables):
         progress(i, len(tables), f"features of {name}, {len(table)} prompts")
         model = load_model(name, args.device)
@@ -188,7 +188,7 @@ def print_study(
     print_table("\nFeatures that matter most", ["feature", "lost without it", "lost, within", "correlation\nwith failure"], best)
     print("\n" + conclusion(tables["performance"]))
 
-# %% ../nbs/w15k-forecast-command.ipynb #d69eb2f2
+# %% ../nbs/w15k-forecast-command.ipynb #367165bc
 def run_forecast(
     args,  # its options
 ) -> int:  # exit code
@@ -217,9 +217,10 @@ def _learnt(args) -> int:
     if args.target not in TARGETS: raise InputError(f"no target {args.target!r}: there is {', '.join(TARGETS)}")
     unknown = [f for f in args.families or () if f not in FAMILIES]
     if unknown: raise InputError(f"no family of features {unknown[0]!r}: there is {', '.join(FAMILIES)}")
-    asked = _to_ask(args, [name for _, name, _ in _tables(args)]) if args.ask else None  # read first, so that a bad file costs nothing
+    tables = _tables(args)
+    asked = _to_ask(args, [name for _, name, _ in tables]) if args.ask else None  # read first, so that a bad file costs nothing
     with progress_bar() as progress:
-        cases, left_out = _cases(args, progress)
+        cases, left_out = _cases(args, tables, progress)
         found = _study(args, cases, progress)
     forecast, tables = found["forecast"], found["tables"]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -246,8 +247,8 @@ def _to_ask(args, names) -> tuple:
     from circuit_generalization.published_prompts import read_prompts
 
     names = list(dict.fromkeys(args.model or names))
-    if len(names) > 1: raise InputError(f"--ask {args.ask}: asked of which model? The forecast knows {', '.join(map(str, names))}: learn first, then "
-                                        "ask with --load DIR --model NAME")
+    if len(names) > 1:
+        raise InputError(f"--ask {args.ask}: asked of which model? There is {', '.join(map(str, names))}: ask with --load DIR --model NAME")
     model = load_model(str(names[0]), args.device)
     return model, read_prompts(args.ask, model.tokenizer, args.bos)
 
@@ -264,7 +265,7 @@ def _ask(args, forecast, model, prompts):
     columns = ["prompt", "risk", "such prompts\nfailed", "features\nbeyond the cases", "features\nmissing", "reasons"]
     print_table(f"\nThe highest risks of {len(said)} prompts", columns, rows, ["reasons"])
     wrong = int(said.risk.isna().sum())
-    if wrong: print(f"{wrong} prompts have no risk: the model gets them wrong, so there is nothing to explain.")
+    if wrong: print(f"No risk for {wrong} of {len(said)} prompts: the model gets them wrong, so there is nothing to explain.")
     if said.missing.max():
         print("Features are missing: prompts without positions of roles (pos_<role>), or of another task, cannot be described in full; "
               "a risk that rests on less is worth less.")

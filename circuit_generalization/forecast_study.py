@@ -115,7 +115,7 @@ def _area(risk, strata, truth: Bool[np.ndarray, " prompt"]) -> float:
     pairs = true["count"] * (size - true["count"])
     return float((true["sum"] - true["count"] * (true["count"] + 1) / 2).sum() / pairs.sum()) if pairs.sum() else np.nan
 
-# %% ../nbs/w15h-forecast-study.ipynb #14eefba0
+# %% ../nbs/w15h-forecast-study.ipynb #590a30cf
 def shuffled(
     y: Float[np.ndarray, " case"],
     units: Sequence,  # labels are exchanged inside each
@@ -138,14 +138,16 @@ def shuffled_labels(
     workers: int = 1,
     candidates: dict | None = None,  # None: `CANDIDATES`, chosen inside
     inside: str | None = None,  # labels are exchanged inside each value of this column, such as 'unit'; None: among all
-) -> pd.DataFrame:  # one row a time: auroc, low, high, p_value
+) -> pd.DataFrame:  # one row a time: auroc, low, high, p_value; p_folds: with the folds' risks, too small
     "The forecast fitted and tried on labels that mean nothing."
     rows, groups = [], np.zeros(len(cases)) if inside is None else cases[inside]
     for k in range(n):
         wrong = shuffled(y, groups, [seed, k])
         def ask(splits): return out_of_fold(cases, wrong, feature_columns(cases), splits, candidates or CANDIDATES, seed, workers=workers)  # noqa: B023
-        row = performance(cases, wrong, {FORECAST: ask(splits)}, {FORECAST: ask(half_split(cases, seed))}, 199, k).iloc[0]
-        rows.append(dict(auroc=row.auroc, low=row.auroc_low, high=row.auroc_high, p_value=row.p_value))
+        folds = ask(splits)
+        row = performance(cases, wrong, {FORECAST: folds}, {FORECAST: ask(half_split(cases, seed))}, 199, k).iloc[0]
+        p_folds = _p_value(cases, wrong, folds, 199, k)  # what would be said if the risks of the folds were held as they are
+        rows.append(dict(auroc=row.auroc, low=row.auroc_low, high=row.auroc_high, p_value=row.p_value, p_folds=p_folds))
     return pd.DataFrame(rows)
 
 # %% ../nbs/w15h-forecast-study.ipynb #ab0ad619

@@ -85,7 +85,7 @@ def with_text_after(
     answers, distractors = ([[i for i in row if i >= 0] for row in x.tolist()] for x in (prompts.answers, prompts.distractors))
     return PromptSet.from_tokens(ids, None, answers, distractors, labels=prompts.labels)
 
-# %% ../nbs/w16b-reference-gate.ipynb #43e801cf
+# %% ../nbs/w16b-reference-gate.ipynb #af68ae21
 CIRCUITS = dict(ioi="gpt2-ioi", naive="gpt2-ioi-naive", greater_than="gpt2-greater_than")
 
 
@@ -111,7 +111,7 @@ class Gate:
         if prompts.ioi is not None: _check_published(prompts.ioi)
         self.used: dict[str, PromptSet] = {}  # what was really scored
         self.memory = Remembered()  # of the pools' means
-        some = self.ioi if prompts.ioi is not None else self.make("ioi", max(n, ENOUGH))
+        some = self.ioi if prompts.ioi is not None or n >= ENOUGH else self.make("ioi", ENOUGH)
         if (least := len(set(some.labels.template + some.labels.order))) * 2 > len(self.ioi):
             raise InputError(f"{len(self.ioi)} prompts of {least} templates and orders: give --n {2 * least} or more, so that each has two")
 

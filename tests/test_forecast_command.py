@@ -101,7 +101,8 @@ def test_the_conclusion_is_about_the_best_of_the_others(low, high, words):
 @pytest.mark.slow
 def test_learn_ask_load_and_ask_again(capsys, tmp_path):
     new = tmp_path / "new.csv"
-    new.write_text('prompt,answer,distractor\n"When Mary and John went to the store, John gave a drink to", Mary, John\n')
+    new.write_text('prompt,answer,distractor\n"When Mary and John went to the store, John gave a drink to", Mary, John\n'
+                   '"When Mary and John went to the store, John gave a drink to", John, Mary\n')
     scores = pd.read_csv(SCORES)
     scores = scores[scores.variant.isin(["base", "hospital", "third_name"])].groupby("variant", sort=False).head(54)
     scores.to_csv(tmp_path / "scores.csv", index=False)
@@ -119,6 +120,12 @@ def test_learn_ask_load_and_ask_again(capsys, tmp_path):
     assert set(risks.prompt_id) == set(decided.prompt_id) and risks.risk.between(0, 1).all()
     assert (risks.failed == (risks.verdict != "active")).all()
     assert json.loads((tmp_path / "f" / "manifest.json").read_text())["options"]["target"] == "decided"
+    asked = pd.read_csv(tmp_path / "f" / "predictions.csv")
+    assert asked.risk.notna().tolist() == asked.failed_before.notna().tolist() == [True, False], "no risk where the model is wrong"
+    assert "No risk for 1 of 2 prompts" in said.out and "has not learnt from" not in said.out
+    assert (asked.missing > 0).all() and "Features are missing" in said.out, "no positions of roles were given"
+    other = run(capsys, "--load", tmp_path / "f", "--model", "organism-b", "--ask", new, "--out", tmp_path / "b")
+    assert other[0] == 0 and "has not learnt from organism-b" in other[1].out
     first = (tmp_path / "f" / "predictions.csv").read_bytes()
     assert run(capsys, "--load", tmp_path / "f", "--ask", new, "--out", tmp_path / "g")[0] == 0
     assert (tmp_path / "g" / "predictions.csv").read_bytes() == first
